@@ -1,0 +1,53 @@
+"""Independent, reversible changes to a loaded Hugging Face model, and the kernels behind them.
+
+    applied = monkey_patch.apply_patches(model, ["scatter_moe", "linear_cross_entropy"])
+    ...
+    applied.revert()
+
+Importing this package changes nothing. `PATCHES` lists what exists; apply before wrapping the
+model for LoRA, sharding or compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from monkey_patch.core import AppliedPatches, Patch, PatchError, Replacement, apply_plans
+from monkey_patch.linear_cross_entropy import LINEAR_CROSS_ENTROPY
+from monkey_patch.router_aux_loss import ROUTER_AUX_LOSS, RouterStatistics, router_statistics
+from monkey_patch.scatter_moe import SCATTER_MOE
+from monkey_patch.varlen_attention import VARLEN_ATTENTION
+
+__all__ = [
+    "PATCHES",
+    "AppliedPatches",
+    "Patch",
+    "PatchError",
+    "Replacement",
+    "RouterStatistics",
+    "apply_patches",
+    "router_statistics",
+]
+
+PATCHES = (SCATTER_MOE, VARLEN_ATTENTION, LINEAR_CROSS_ENTROPY, ROUTER_AUX_LOSS)
+
+
+def apply_patches(model: nn.Module, patches: Iterable[Patch | str]) -> AppliedPatches:
+    """Apply patches, all or none, and return the handle that reverts them.
+
+    Args:
+        model: a loaded Hugging Face model, or any module that contains one.
+        patches: entries of `PATCHES`, their names, or patches of your own.
+
+    Raises:
+        PatchError: unknown name, unmet requirement, unsuitable model, conflict, or applied twice.
+    """
+    by_name = {patch.name: patch for patch in PATCHES}
+    chosen = []
+    for patch in patches:
+        if isinstance(patch, str) and patch not in by_name:
+            raise PatchError(f"unknown patch {patch!r}; there are {', '.join(by_name)}")
+        chosen.append(by_name[patch] if isinstance(patch, str) else patch)
+    return apply_plans(model, chosen)

@@ -1,0 +1,1 @@
+"""One folder per operation: reference (plain torch, the definition), triton (kernels), op."""

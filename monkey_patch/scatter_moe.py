@@ -1,0 +1,100 @@
+"""Run the experts of a mixture-of-experts model through `kernels.scatter_moe`.
+
+The hook is transformers' experts registry: the name "scatter_moe" is registered, and the model's
+config is pointed at it, as `model.set_experts_implementation` would do. Blocks, routers and
+parameters stay as they are, so checkpoints and native expert parallelism are unaffected. Replacing
+the block instead would silently bypass the token dispatch of expert parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from monkey_patch.core import Patch, PatchError, Replacement
+from monkey_patch.kernels.scatter_moe.op import scatter_moe
+
+NAME = "scatter_moe"
+
+
+def experts_forward(
+    experts: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Compute a decorated experts module's output; the signature the registry calls.
+
+    Raises:
+        PatchError: the module's layout or activation is not what the op computes.
+    """
+    if problem := _unsupported(experts):
+        raise PatchError(f"{type(experts).__name__} {problem}; set experts_implementation='eager'")
+    return scatter_moe(
+        hidden_states, experts.gate_up_proj, experts.down_proj, top_k_index, top_k_weights
+    )
+
+
+def register() -> None:
+    """Make the name "scatter_moe" known to `experts_implementation=`."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def plan(model: nn.Module) -> Iterator[Replacement]:
+    """Yield the config attribute that names the experts implementation, once per config."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if type(module).__name__ == "LigerExperts":
+            raise PatchError(f"{name} is LigerExperts, which ignores it; load with swiglu=False")
+        if not _is_experts(module):
+            continue
+        if problem := _unsupported(module):
+            raise PatchError(f"patch {NAME!r}: {name} ({type(module).__name__}) {problem}")
+        if id(module.config) not in seen:
+            seen.add(id(module.config))
+            where = type(module.config).__name__
+            yield Replacement(module.config, "_experts_implementation_internal", NAME, where)
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Tell whether transformers' `use_experts_implementation` decorated the module's class."""
+    return hasattr(type(module), "_apply_gate") and hasattr(module, "is_concatenated")
+
+
+def _unsupported(experts: Any) -> str | None:
+    from transformers.activations import SiLUActivation
+    from transformers.integrations.moe import _default_apply_gate
+
+    if "forward" in vars(experts):
+        return "has a replaced forward, which bypasses the experts registry"
+    if experts.has_bias:
+        return "has biases"
+    if experts.is_transposed:
+        return "stores its weights transposed"
+    if not experts.is_concatenated:
+        return "interleaves gate and up projection"
+    if not experts.has_gate:
+        return "has no gate projection"
+    if experts.has_post_expert_norm:
+        return "normalises the output of each expert"
+    if type(experts)._apply_gate is not _default_apply_gate:
+        return "has a gating function of its own"
+    if not isinstance(experts.act_fn, nn.SiLU | SiLUActivation):
+        return f"uses {type(experts.act_fn).__name__}; the op computes SiLU"
+    return None
+
+
+SCATTER_MOE = Patch(
+    name=NAME,
+    summary="experts as grouped products over rows sorted by expert",
+    requires=("transformers>=5.23,<6", "torch>=2.10"),
+    plan=plan,
+    tolerance=5e-6,
+    upstream="transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS",
+    register=register,
+)

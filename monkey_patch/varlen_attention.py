@@ -1,0 +1,168 @@
+"""Attention over packed documents as the transformers attention "torch_varlen".
+
+With `cu_seq_lens_q` in the batch, documents are attended to one by one and no mask is built: the
+packed row neither leaks between documents nor costs (T, T) memory, whatever `position_ids` say.
+Without it (generation, evaluation, a plain batch) transformers' sdpa runs with its usual causal and
+padding masks; a packed row is then recognised by its position_ids as sdpa does, at the price of one
+host synchronisation and a (T, T) mask per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from monkey_patch.core import Patch, PatchError, Replacement
+from monkey_patch.kernels.varlen_attention.op import varlen_attention
+
+NAME = "varlen_attention"
+IMPLEMENTATION = "torch_varlen"
+
+# Decoders that hand position_ids and the cu_seq_lens on to the attention function.
+_MODEL_TYPES = ("qwen3_moe", "qwen3_vl_moe_text")
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute attention (1, T, H, C) from query (1, H, T, C); the signature transformers calls.
+
+    Raises:
+        ValueError: cu_seq_lens come with a padding mask, a batch of several rows, a KV cache,
+            attention dropout or a sliding window, none of which can be honoured.
+    """
+    cu_seq_lens = kwargs.get("cu_seq_lens_q")
+    if not isinstance(cu_seq_lens, torch.Tensor):
+        return _sdpa(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    _check_packed(query, key, attention_mask, dropout, kwargs.get("sliding_window"))
+    max_length = kwargs.get("max_length_q")
+    max_length = max_length if isinstance(max_length, int) else query.shape[2]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out_THC = varlen_attention(query[0], key[0], value[0], cu_seq_lens, max_length, scale)
+    return out_THC[None], None
+
+
+def _check_packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    sliding_window: object,
+) -> None:
+    if query.shape[2] != key.shape[2]:
+        raise ValueError("cu_seq_lens_q with a KV cache; set use_cache=False or leave it out")
+    if attention_mask is not None:
+        raise ValueError(
+            "cu_seq_lens_q together with an attention_mask that hides tokens: leave the mask out "
+            "and make the padding a document of its own"
+        )
+    if len(query) != 1:
+        raise ValueError(f"cu_seq_lens_q with {len(query)} rows; flatten the batch into one row")
+    if dropout or sliding_window is not None:
+        raise ValueError(f"{IMPLEMENTATION} has no dropout ({dropout}) or window {sliding_window}")
+
+
+def _sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    position_ids = kwargs.get("position_ids")
+    is_prefill = 1 < query.shape[2] == key.shape[2]
+    if attention_mask is None and is_prefill and isinstance(position_ids, torch.Tensor):
+        attention_mask = _packed_mask(position_ids)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, **kwargs
+    )
+
+
+def _packed_mask(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """Return (B, 1, T, T) bool for position_ids (B, T) that restart, None where none does."""
+    from transformers.masking_utils import find_packed_sequence_indices
+
+    document_BT = find_packed_sequence_indices(position_ids)
+    if document_BT is None:
+        return None
+    token_T = torch.arange(document_BT.shape[1], device=document_BT.device)
+    is_same_document = document_BT[:, :, None] == document_BT[:, None, :]
+    return (is_same_document & (token_T[:, None] >= token_T))[:, None]
+
+
+def mask_function(
+    *,
+    q_length: int,
+    kv_length: int,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Return what sdpa needs, but no mask for a packed row; `attention_forward` isolates that.
+
+    Transformers disallows the causal shortcut for a row whose position_ids restart. A padding mask
+    that hides tokens does become a mask, so that it is never dropped in silence.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    if attention_mask is None and not allow_is_causal_skip and q_length == kv_length:
+        return None
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **kwargs,
+    )
+
+
+def register() -> None:
+    """Make the name "torch_varlen" known to `attn_implementation=`, with its masks."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, mask_function)
+
+
+def plan(model: Any) -> Iterator[Replacement]:
+    """Yield the attribute of the text config that names the attention implementation."""
+    config = model.config.get_text_config()
+    if config.model_type not in _MODEL_TYPES:
+        raise PatchError(
+            f"patch {NAME!r}: model type {config.model_type!r}; it knows {', '.join(_MODEL_TYPES)}"
+        )
+    if getattr(config, "sliding_window", None) is not None:
+        raise PatchError(f"patch {NAME!r}: config.sliding_window is {config.sliding_window}")
+    if config.attention_dropout:
+        raise PatchError(
+            f"patch {NAME!r}: config.attention_dropout is {config.attention_dropout}; set it to 0"
+        )
+    where = type(config).__name__
+    yield Replacement(config, "_attn_implementation_internal", IMPLEMENTATION, where)
+
+
+VARLEN_ATTENTION = Patch(
+    name=NAME,
+    summary="causal attention document by document, no mask",
+    requires=("transformers>=5.23,<6", "torch>=2.11"),
+    plan=plan,
+    tolerance=5e-6,
+    upstream="transformers.AttentionInterface, transformers.masking_utils.AttentionMaskInterface",
+    register=register,
+)

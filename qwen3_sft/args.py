@@ -1,0 +1,188 @@
+"""Every option of a run, as typed dataclasses.
+
+Options that transformers' TrainingArguments already has keep its name and live there
+(`TrainArguments` subclasses it). The data and model options stand apart because the data must be
+prepared before TrainingArguments exists: creating one joins the process group, and a corpus that
+takes longer to tokenise than the group's timeout would then kill the other ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class DataArguments:
+    """Where the conversations come from and how they become token rows."""
+
+    dataset: list[str] = field(
+        default_factory=list,
+        metadata={"help": "files, folders or hub ids; `demo` is the built-in data"},
+    )
+    dataset_split: str = field(default="train", metadata={"help": "split of a hub dataset"})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "configuration name of a hub dataset"}
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "commit, tag or branch of a hub dataset"}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "read hub data row by row, never stored as a whole"}
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "read at most this many rows"})
+    eval_dataset: list[str] = field(
+        default_factory=list, metadata={"help": "files, folders or hub ids for evaluation"}
+    )
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "share of the samples held out for evaluation, 0 to 0.5"}
+    )
+    max_length: int = field(default=4096, metadata={"help": "tokens in one packed row"})
+    packing: bool = field(
+        default=True, metadata={"help": "several documents in one row, isolated from each other"}
+    )
+    overlong: Literal["drop", "error", "truncate"] = field(
+        default="drop", metadata={"help": "what to do with samples longer than max_length"}
+    )
+    train_on: Literal["assistant", "last_assistant", "all"] = field(
+        default="assistant", metadata={"help": "which tokens carry a label"}
+    )
+    thinking: Literal["split_turns", "drop_history", "keep"] = field(
+        default="split_turns",
+        metadata={
+            "help": "reasoning in earlier turns: split_turns makes one sample per user turn, each "
+            "with the context seen at inference; drop_history trains the last turn only; keep "
+            "leaves all reasoning in place (differs from inference)"
+        },
+    )
+    train_empty_think: bool = field(
+        default=False,
+        metadata={"help": "put labels on an empty <think></think> block too"},
+    )
+    chat_format: Literal[
+        "auto", "qwen3", "qwen3_instruct_2507", "qwen3_thinking_2507", "qwen3_coder"
+    ] = field(default="auto", metadata={"help": "auto reads it off the tokenizer's chat template"})
+    max_drop_fraction: float = field(
+        default=0.01, metadata={"help": "more dropped rows than this share is an error"}
+    )
+    num_proc: int | None = field(
+        default=None, metadata={"help": "processes that tokenise; default: one per core"}
+    )
+    data_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "where token caches live; default ~/.cache/qwen3_sft/tokens"},
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train and what computes it."""
+
+    model_name_or_path: str = field(
+        default="",
+        metadata={"help": "folder or hub id of a Qwen3-MoE; `demo` builds a tiny one"},
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "commit, tag or branch of a hub model"}
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto",
+        metadata={
+            "help": "of the trained weights; auto: float32 (with bf16 autocast where the GPU can)"
+        },
+    )
+    export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "of the exported model; auto: the base model's own"}
+    )
+    experts_implementation: Literal["scatter_moe", "grouped_mm", "batched_mm", "eager"] = field(
+        default="scatter_moe", metadata={"help": "what computes the experts"}
+    )
+    attn_implementation: Literal[
+        "auto",
+        "flash_attention_4",
+        "flash_attention_3",
+        "flash_attention_2",
+        "torch_varlen",
+        "sdpa",
+        "eager",
+    ] = field(default="auto", metadata={"help": "auto takes the best the device and packages have"})
+    use_liger: bool | None = field(
+        default=None, metadata={"help": "Liger's RMSNorm and RoPE kernels; default: on CUDA"}
+    )
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """Transformers' TrainingArguments with defaults that fit SFT, and what it lacks."""
+
+    output_dir: str | None = field(default="runs/run", metadata={"help": "the run folder"})
+    per_device_train_batch_size: int = field(
+        default=1, metadata={"help": "packed rows of max_length tokens per micro-batch"}
+    )
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "the same, evaluation"})
+    learning_rate: float = field(default=1e-5, metadata={"help": "peak learning rate"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "its schedule"})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the data"})
+    logging_steps: float = field(default=1, metadata={"help": "steps between two log lines"})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "keep False: a hidden NaN is a lie"}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "keep False: the collator's fields are all used"}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept"})
+    resume: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: newest verified checkpoint; never: refuse a used folder; or a path"
+        },
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={"help": "load-balancing loss; default: the model config's; 0 switches it off"},
+    )
+    max_bad_steps: int = field(
+        default=3, metadata={"help": "non-finite steps in a row that stop the run"}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "evaluations without improvement that stop the run"}
+    )
+    num_samples: int = field(
+        default=3, metadata={"help": "held-out prompts completed at each evaluation"}
+    )
+    sample_max_new_tokens: int = field(default=64, metadata={"help": "length of a completion"})
+    dry_run: bool = field(
+        default=False, metadata={"help": "print command, patches and memory, then stop"}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what would be ignored or wrong here, then let transformers check the rest.
+
+        Raises:
+            ValueError: naming the option and what to use instead.
+        """
+        for name, (bad, reason) in _REFUSED.items():
+            if getattr(self, name) not in bad:
+                raise ValueError(f"--{name} {getattr(self, name)}: {reason}")
+        super().__post_init__()
+
+
+_OFF: tuple[object, ...] = (False, None, "", 0, 0.0)
+# option -> (values that are fine, why the others are not)
+_REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
+    "use_liger_kernel": (_OFF, "Liger is applied while loading; set --use_liger instead"),
+    "label_smoothing_factor": (_OFF, "would need the full logits; not supported"),
+    "auto_find_batch_size": (_OFF, "a row is max_length tokens; lower --max_length instead"),
+    "dataloader_persistent_workers": (_OFF, "workers must see each epoch's packing; leave it off"),
+    "dataloader_drop_last": (_OFF, "the packing already fills the last step; leave it off"),
+    "remove_unused_columns": ((False,), "the model needs every field of the batch; leave it off"),
+    "logging_nan_inf_filter": ((False,), "would hide non-finite losses; leave it off"),
+    "enable_jit_checkpoint": (_OFF, "not exact with dropout; not supported"),
+    "resume_from_checkpoint": (_OFF, "set --resume PATH instead"),
+    "train_sampling_strategy": (("random",), "packing balances the rows; leave it at random"),
+    "fsdp": (("", None, False, []), "not available yet: sharded training; use --config_file "
+             "config/single.json or config/ddp.json"),
+    "deepspeed": (_OFF, "not available yet: DeepSpeed; use config/single.json or config/ddp.json"),
+}  # fmt: skip

@@ -1,0 +1,134 @@
+"""Put a trainer together from model, tokens and options."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerState,
+)
+
+from monkey_patch.router_aux_loss import router_statistics
+from qwen3_sft.args import DataArguments, TrainArguments
+from qwen3_sft.checkpoint import step_of
+from qwen3_sft.collator import PackedCollator
+from qwen3_sft.completions import CompletionCallback, pick_prompts
+from qwen3_sft.data import TokenDataset
+from qwen3_sft.hardware import device_info
+from qwen3_sft.metrics import MetricsFile
+from qwen3_sft.packing import PackedDataset
+from qwen3_sft.run_folder import RunFolder, versions
+from qwen3_sft.trainer import SftTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def build_trainer(
+    args: TrainArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_tokens: TokenDataset,
+    eval_tokens: TokenDataset | None,
+    data: DataArguments,
+    folder: RunFolder,
+    checkpoint: Path | None,
+) -> SftTrainer:
+    """Return the trainer of one run, its datasets packed for this world size.
+
+    Args:
+        args: joins the process group, so the data is prepared before it exists.
+        model: patched, on its device.
+        tokenizer: of the base model.
+        train_tokens: samples to train on.
+        eval_tokens: held-out samples, None for no evaluation.
+        data: row length and packing.
+        folder: where metrics and samples go.
+        checkpoint: what the run resumes from, None for a fresh start.
+    """
+    per_step = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    train_rows = PackedDataset(
+        train_tokens, data.max_length, packing=data.packing, seed=args.seed,
+        rows_multiple_of=per_step,
+    )  # fmt: skip
+    eval_rows = eval_tokens and PackedDataset(
+        eval_tokens, data.max_length, packing=data.packing, seed=args.seed,
+        rows_multiple_of=args.world_size * args.per_device_eval_batch_size,
+    )  # fmt: skip
+    logger.info(
+        "data: %d samples in %d rows of %d tokens (%.2f%% full); one step = %d processes x %d "
+        "rows x %d accumulated = %s tokens", len(train_tokens), len(train_rows), data.max_length,
+        100 * train_rows.fill, args.world_size, args.per_device_train_batch_size,
+        args.gradient_accumulation_steps, f"{per_step * data.max_length:,}",
+    )  # fmt: skip
+    statistics = router_statistics(model)
+    if args.router_aux_loss_coef is not None:
+        statistics.coefficient = args.router_aux_loss_coef
+    args.disable_tqdm = True  # our own line per step says more
+    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type == "cuda"
+    first = args.process_index == 0
+    trainer = SftTrainer(
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        data_collator=PackedCollator(data.max_length, tokenizer.pad_token_id),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        callbacks=_callbacks(args, train_rows, eval_tokens, tokenizer, data, folder),
+        router_statistics=statistics,
+        peak_flops=_peak_flops(args, model),
+        metrics_file=MetricsFile(folder.metrics, _resume_step(checkpoint)) if first else None,
+        run_facts={"data_key": train_tokens.folder.name, "versions": versions()},
+    )
+    trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, CompletionCallback):
+            callback.trainer = trainer
+    return trainer
+
+
+def _callbacks(
+    args: TrainArguments,
+    train_rows: PackedDataset,
+    eval_tokens: TokenDataset | None,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataArguments,
+    folder: RunFolder,
+) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [EpochCallback(train_rows)]
+    if args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+    if eval_tokens is not None and args.num_samples:
+        prompts = pick_prompts(eval_tokens, tokenizer, args.num_samples, data.max_length)
+        callbacks.append(
+            CompletionCallback(folder.samples, prompts, tokenizer, args.sample_max_new_tokens)
+        )
+    return callbacks
+
+
+class EpochCallback(TrainerCallback):
+    """Tell the packing which epoch begins, also on resume in the middle of one."""
+
+    def __init__(self, rows: PackedDataset) -> None:
+        """Remember the dataset to tell."""
+        self.rows = rows
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Draw the epoch's packing before its first row is read."""
+        self.rows.set_epoch(int(state.epoch or 0))
+
+
+def _peak_flops(args: TrainArguments, model: PreTrainedModel) -> float | None:
+    is_bf16 = args.bf16 or model.dtype == torch.bfloat16
+    return device_info().peak_flops["bf16" if is_bf16 else "fp32"]
+
+
+def _resume_step(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else step_of(checkpoint)

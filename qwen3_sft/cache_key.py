@@ -1,0 +1,107 @@
+"""The name of a token cache: a hash of everything that decides the tokens.
+
+Files count by content, not by name or time. Hashing a corpus on every start would take longer than
+reading its tokens, so a file's hash is remembered by (path, size, modification time, inode).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qwen3_sft import (
+    chat,
+    chat_pieces,
+    chat_templates,
+    chat_text,
+    encoding,
+    formats,
+    json_rows,
+    raw_rows,
+    readers,
+    samples,
+    table_rows,
+    tally,
+    tokenize_rows,
+    turns,
+)
+
+logger = logging.getLogger(__name__)
+
+LAYOUT = 1  # of the cache folder; raise it when the meaning of its files changes
+# A row's way to tokens, all of it: a forgotten module would serve stale caches (a test checks).
+TOKENISERS = (
+    chat, chat_pieces, chat_templates, chat_text, encoding, formats, json_rows, raw_rows, readers,
+    samples, table_rows, tally, tokenize_rows, turns,
+)  # fmt: skip
+_SETTLED_S = 2.0  # a file changed more recently may change again within the clock's resolution
+
+
+def cache_key(parts: dict[str, Any]) -> str:
+    """Return a short hash of `parts`, the cache's layout and the code that makes the tokens."""
+    code = [hashlib.blake2b(Path(str(m.__file__)).read_bytes()).hexdigest() for m in TOKENISERS]
+    described = json.dumps([LAYOUT, code, parts], sort_keys=True)
+    return hashlib.blake2b(described.encode(), digest_size=12).hexdigest()
+
+
+def text_hash(text: str) -> str:
+    """Return the hash of a text."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class FileHashes:
+    """Content hashes of files, remembered in a JSON file between runs."""
+
+    def __init__(self, memo: Path) -> None:
+        self.memo = memo
+        self._known = _read(memo)
+        self._new: dict[str, str] = {}
+
+    def __call__(self, path: Path) -> str:
+        """Return the content hash of a file."""
+        status = path.stat()
+        identity = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
+        if identity in self._known:
+            return self._known[identity]
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, _blake2).hexdigest()
+        if time.time() - status.st_mtime > _SETTLED_S:
+            self._new[identity] = digest
+        return digest
+
+    def save(self) -> None:
+        """Write what was learnt; a run that saves at the same moment may win, at no harm."""
+        if not self._new:
+            return
+        self.memo.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.memo.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps({**_read(self.memo), **self._new}), encoding="utf-8")
+        partial.replace(self.memo)
+
+
+def _blake2() -> Any:
+    return hashlib.blake2b(digest_size=16)
+
+
+def _read(memo: Path) -> dict[str, str]:
+    """Return the remembered hashes; a damaged memo is as good as none."""
+    if not memo.exists():
+        return {}
+    try:
+        return json.loads(memo.read_text(encoding="utf-8"))
+    except ValueError:
+        logger.warning("%s is damaged; files are hashed again", memo)
+        return {}
+
+
+def describe_all(sources: Iterable[Any], hashes: FileHashes) -> list[tuple[str, str]]:
+    """Return (name, identity) of each source and remember the hashes computed on the way."""
+    described = [(source.name, source.identity(hashes)) for source in sources]
+    hashes.save()
+    return described

@@ -1,0 +1,235 @@
+"""Conversations become text with labels on exactly what the model has to say.
+
+Neither the released templates nor TRL's training variants of them give the right labels: the first
+have none, the second change the text. So the text is written here in pieces, equal to the released
+template's, and every piece knows whether it carries labels and whether it is a control token.
+Content is never a control token, whatever it spells; `encoding.py` keeps it so.
+
+An assistant's labels run from after ``<|im_start|>assistant`` and its newline up to and including
+``<|im_end|>``: what the model generates, and nothing that a prompt gives it.
+
+The trap: thinking models see earlier turns without their reasoning. A conversation trained as one
+text either loses that reasoning or shows a context that never occurs at inference. `split_turns`
+makes one sample per user query instead, each with its true context.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+from qwen3_sft.chat_pieces import Piece, PieceWriter, Rendered
+from qwen3_sft.chat_templates import CHAT_FORMATS, detect_chat_format
+from qwen3_sft.chat_text import is_query, last_query_index, write_conversation
+from qwen3_sft.samples import Conversation, DataError, Message, PlainText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "CHAT_FORMATS",
+    "Piece",
+    "Rendered",
+    "detect_chat_format",
+    "render",
+    "render_plain",
+    "self_check",
+]
+
+TrainOn = Literal["assistant", "last_assistant", "all"]
+Thinking = Literal["split_turns", "drop_history", "keep"]
+
+
+def render(
+    conversation: Conversation,
+    chat_format: str,
+    *,
+    train_on: TrainOn,
+    thinking: Thinking,
+    train_empty_think: bool,
+    location: str,
+    warnings: Counter[str],
+) -> list[Rendered]:
+    """Render a conversation as the samples it is trained as.
+
+    Args:
+        conversation: from `formats.parse_row`.
+        chat_format: a key of `CHAT_FORMATS`.
+        train_on: `assistant` labels every answer, `last_assistant` the last one, `all` every token
+            of the one text that the template renders.
+        thinking: earlier turns whose reasoning the template strips: `split_turns` makes one sample
+            per user query, `drop_history` leaves those turns without labels, `keep` writes and
+            labels their reasoning.
+        train_empty_think: label an empty think block too.
+        location: of the row, for errors.
+        warnings: receives counts by kind.
+
+    Returns:
+        One sample, or several with `split_turns`; each has at least one label.
+
+    Raises:
+        DataError: for reasoning in a family that has no thinking, and when nothing is left to
+            train.
+    """
+    fmt = CHAT_FORMATS[chat_format]
+    messages = _without_trailing(conversation.messages, warnings)
+    if not fmt.thinks and any(message.reasoning for message in messages):
+        raise DataError(
+            f"{location}: this row has reasoning but {chat_format} has no thinking; use a "
+            "thinking model or remove reasoning_content and <think> blocks"
+        )
+    answers = _answers(messages, conversation.first_trained, train_on)
+    samples = [(messages, answers)]
+    if train_on != "all":
+        samples = list(_samples(messages, answers, thinking, warnings))
+    if not samples:
+        raise DataError(f"{location}: no answer is left to train with thinking={thinking}")
+    rendered = [
+        write_conversation(
+            part,
+            conversation.tools,
+            fmt,
+            labelled=labelled,
+            keep_reasoning=thinking == "keep",
+            train_empty_think=train_empty_think,
+        )
+        for part, labelled in samples
+    ]
+    return [sample.fully_trained() for sample in rendered] if train_on == "all" else rendered
+
+
+def render_plain(sample: PlainText, eos_token: str, *, train_on: TrainOn) -> Rendered:
+    """Render text outside any chat: labels on the completion and the end token.
+
+    Args:
+        sample: prompt, which may be empty, and completion.
+        eos_token: the tokenizer's end token.
+        train_on: `all` labels the prompt too.
+    """
+    writer = PieceWriter()
+    writer.plain(sample.prompt)
+    writer.plain(sample.completion, trained=True)
+    writer.control(eos_token, trained=True)
+    rendered = writer.finish()
+    return rendered.fully_trained() if train_on == "all" else rendered
+
+
+def self_check(
+    conversations: Iterable[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_format: str,
+    limit: int = 100,
+) -> int:
+    """Compare our text of up to `limit` conversations with the tokenizer's own chat template.
+
+    Returns:
+        How many were compared.
+
+    Raises:
+        ValueError: shows the first difference; the tokenizer then has a customised template, or
+            `chat_format` is not its family.
+    """
+    compared = 0
+    for conversation in islice(conversations, limit):
+        messages = _without_trailing(conversation.messages, Counter())
+        ours = write_conversation(
+            messages, conversation.tools, CHAT_FORMATS[chat_format], labelled=()
+        ).text
+        theirs = tokenizer.apply_chat_template(
+            [_as_template_dict(message) for message in messages],
+            tools=list(conversation.tools) or None,
+            tokenize=False,
+        )
+        if ours != theirs:
+            raise ValueError(_difference(ours, str(theirs), chat_format))
+        compared += 1
+    return compared
+
+
+def _without_trailing(messages: tuple[Message, ...], warnings: Counter[str]) -> tuple[Message, ...]:
+    """Cut what follows the last answer: nothing learns from it."""
+    end = len(messages)
+    while messages[end - 1].role != "assistant":
+        end -= 1
+    if end < len(messages):
+        warnings["trailing turn without an answer cut"] += 1
+    return messages[:end]
+
+
+def _answers(
+    messages: tuple[Message, ...], first_trained: int, train_on: TrainOn
+) -> frozenset[int]:
+    answers = [
+        index
+        for index, message in enumerate(messages)
+        if message.role == "assistant" and index >= first_trained
+    ]
+    return frozenset(answers[-1:] if train_on == "last_assistant" else answers)
+
+
+def _stripped(messages: tuple[Message, ...]) -> frozenset[int]:
+    """Return the turns whose reasoning the thinking templates leave out."""
+    last_query = last_query_index(messages)
+    return frozenset(
+        index for index, message in enumerate(messages[: last_query + 1]) if message.reasoning
+    )
+
+
+def _samples(
+    messages: tuple[Message, ...],
+    answers: frozenset[int],
+    thinking: Thinking,
+    warnings: Counter[str],
+) -> Iterator[tuple[tuple[Message, ...], frozenset[int]]]:
+    """Yield (messages, labelled turns) of each sample; none where no turn is left to label."""
+    stripped = frozenset() if thinking == "keep" else _stripped(messages)
+    if stripped and thinking == "split_turns":
+        yield from _split_at_queries(messages, answers, warnings)
+        return
+    if unlearned := len(stripped & answers):
+        warnings["earlier turn loses its reasoning and carries no label"] += unlearned
+    if answers - stripped:
+        yield messages, answers - stripped
+
+
+def _split_at_queries(
+    messages: tuple[Message, ...], answers: frozenset[int], warnings: Counter[str]
+) -> Iterator[tuple[tuple[Message, ...], frozenset[int]]]:
+    """Yield, per user query, the conversation up to its last answer and the answers after it."""
+    queries = [index for index, message in enumerate(messages) if is_query(message)]
+    for query, end in pairwise([*queries, len(messages)]):
+        labelled = frozenset(index for index in answers if query < index < end)
+        if labelled:
+            yield messages[: max(labelled) + 1], labelled
+    if lost := sum(index < min(queries, default=len(messages)) for index in answers):
+        warnings["answer before the first user turn carries no label"] += lost
+
+
+def _as_template_dict(message: Message) -> dict[str, Any]:
+    """Write a message as chat templates want it.
+
+    An empty reasoning_content tells the thinking templates not to look for one in the content.
+    """
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.role == "assistant":
+        turn["reasoning_content"] = message.reasoning or ""
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    return turn
+
+
+def _difference(ours: str, theirs: str, chat_format: str) -> str:
+    pairs = zip(ours, theirs, strict=False)
+    at = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+    around = slice(max(0, at - 40), at + 40)
+    return (
+        f"the tokenizer's chat template differs from {chat_format} at character {at}:\n"
+        f"  {chat_format}: {ours[around]!r}\n  tokenizer: {theirs[around]!r}\n"
+        "set --chat_format to the family the model was trained with, or restore the released "
+        "model's chat template"
+    )

@@ -1,0 +1,228 @@
+"""The text of a conversation, equal to what the family's released chat template renders.
+
+Each writer below is one branch of that template. tojson is HF's: `json.dumps` without escaping
+non-ASCII, keys in the order of the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from qwen3_sft.chat_pieces import PieceWriter, Rendered
+from qwen3_sft.chat_templates import (
+    END_THINK,
+    END_TOOL_CALL,
+    END_TOOL_RESPONSE,
+    IM_END,
+    IM_START,
+    THINK,
+    TOOL_CALL,
+    TOOL_RESPONSE,
+    XML_DEFAULT_SYSTEM,
+    ChatFormat,
+)
+from qwen3_sft.samples import Message, ToolCall
+
+
+def is_query(message: Message) -> bool:
+    """Whether the template takes a turn for a question of the user, not for a tool's result."""
+    wrapped = message.content.startswith(TOOL_RESPONSE) and message.content.endswith(
+        END_TOOL_RESPONSE
+    )
+    return message.role == "user" and not wrapped
+
+
+def last_query_index(messages: Sequence[Message]) -> int:
+    """Index of the last query; of the last message where there is none, as the templates do."""
+    queries = [index for index, message in enumerate(messages) if is_query(message)]
+    return queries[-1] if queries else len(messages) - 1
+
+
+def write_conversation(
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]],
+    fmt: ChatFormat,
+    *,
+    labelled: Collection[int],
+    keep_reasoning: bool = False,
+    train_empty_think: bool = False,
+) -> Rendered:
+    """Write a conversation as the family's template does.
+
+    Args:
+        messages: the turns.
+        tools: function descriptions.
+        fmt: the family.
+        labelled: indices of the assistant turns that carry labels.
+        keep_reasoning: write the reasoning of earlier turns too, which the templates strip.
+        train_empty_think: label an empty think block, which otherwise counts as prompt.
+    """
+    writer = PieceWriter()
+    _write_system(writer, messages, tools, fmt)
+    last_query = last_query_index(messages)
+    for index, message in enumerate(messages):
+        trained = index in labelled
+        if message.role == "tool":
+            _write_tool_result(writer, messages, index, fmt)
+        elif message.role == "assistant" and fmt.xml_tools:
+            _write_xml_answer(writer, message, trained=trained)
+        elif message.role == "assistant":
+            in_last = index > last_query and (index == len(messages) - 1 or message.reasoning)
+            thinks = fmt.thinks and bool(in_last or (keep_reasoning and message.reasoning))
+            train_think = trained and (train_empty_think or message.reasoning is not None)
+            _open_turn(writer, "assistant")
+            if thinks:
+                _write_think(writer, message.reasoning or "", fmt, trained=train_think)
+            _write_json_answer(writer, message, after_think=thinks, trained=trained)
+        elif index > 0 or message.role == "user":
+            _open_turn(writer, message.role)
+            writer.plain(message.content)
+            _close_turn(writer)
+    return writer.finish()
+
+
+def to_json(value: Any) -> str:
+    """Write JSON as the tojson filter of transformers' chat templates does."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _open_turn(writer: PieceWriter, role: str) -> None:
+    writer.control(IM_START)
+    writer.plain(f"{role}\n")
+
+
+def _close_turn(writer: PieceWriter, *, trained: bool = False) -> None:
+    # Generation stops at <|im_end|>, so the newline after it is never the model's.
+    writer.control(IM_END, trained=trained)
+    writer.plain("\n")
+
+
+def _write_system(
+    writer: PieceWriter,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]],
+    fmt: ChatFormat,
+) -> None:
+    system = messages[0].content if messages[0].role == "system" else None
+    if system is None and not tools:
+        return
+    _open_turn(writer, "system")
+    if fmt.xml_tools:
+        writer.plain(XML_DEFAULT_SYSTEM if system is None else system)
+    elif system is not None:
+        writer.plain(system + "\n\n" if tools else system)
+    if tools:
+        writer.template(fmt.tools_head)
+        for tool in tools:
+            writer.plain(_xml_tool(tool) if fmt.xml_tools else "\n" + to_json(tool))
+        writer.template(fmt.tools_tail)
+    _close_turn(writer)
+
+
+def _write_tool_result(
+    writer: PieceWriter, messages: Sequence[Message], index: int, fmt: ChatFormat
+) -> None:
+    """Write one result; neighbouring results share one user turn."""
+    before, after = ("", "\n") if fmt.xml_tools else ("\n", "")
+    if index == 0 or messages[index - 1].role != "tool":
+        writer.control(IM_START)
+        writer.plain("user" + after)
+    writer.plain(before)
+    writer.control(TOOL_RESPONSE)
+    writer.plain("\n" + messages[index].content + "\n")
+    writer.control(END_TOOL_RESPONSE)
+    writer.plain(after)
+    if index == len(messages) - 1 or messages[index + 1].role != "tool":
+        _close_turn(writer)
+
+
+def _write_think(writer: PieceWriter, reasoning: str, fmt: ChatFormat, *, trained: bool) -> None:
+    opened = trained and not fmt.prompt_opens_think
+    writer.control(THINK, trained=opened)
+    writer.plain("\n", trained=opened)
+    writer.plain(reasoning.strip("\n") + "\n", trained=trained)
+    writer.control(END_THINK, trained=trained)
+    writer.plain("\n\n", trained=trained)
+
+
+def _write_json_answer(
+    writer: PieceWriter, message: Message, *, after_think: bool, trained: bool
+) -> None:
+    said = message.content.lstrip("\n") if after_think else message.content
+    writer.plain(said, trained=trained)
+    for index, call in enumerate(message.tool_calls):
+        writer.plain("\n" if index or message.content else "", trained=trained)
+        writer.control(TOOL_CALL, trained=trained)
+        body = f'{{"name": "{call.name}", "arguments": {to_json(call.arguments)}}}'
+        writer.plain(f"\n{body}\n", trained=trained)
+        writer.control(END_TOOL_CALL, trained=trained)
+    _close_turn(writer, trained=trained)
+
+
+def _write_xml_answer(writer: PieceWriter, message: Message, *, trained: bool) -> None:
+    _open_turn(writer, "assistant")
+    if not message.tool_calls:
+        writer.plain(message.content, trained=trained)
+    said = message.content.strip()
+    for index, call in enumerate(message.tool_calls):
+        # The newline before a lone first call is the one that ends the generation prompt.
+        between = "\n" if index else f"{said}\n\n" if said else ""
+        writer.plain(between, trained=trained)
+        writer.control(TOOL_CALL, trained=trained)
+        writer.plain(_xml_call(call), trained=trained)
+        writer.control(END_TOOL_CALL, trained=trained)
+    _close_turn(writer, trained=trained)
+
+
+def _xml_call(call: ToolCall) -> str:
+    parameters = "".join(
+        f"<parameter={name}>\n{_xml_value(value)}\n</parameter>\n"
+        for name, value in call.arguments.items()
+    )
+    return f"\n<function={call.name}>\n{parameters}</function>\n"
+
+
+def _xml_value(value: Any) -> str:
+    return to_json(value) if isinstance(value, dict | list | tuple) else str(value)
+
+
+def _xml_tool(tool: dict[str, Any]) -> str:
+    tool = tool.get("function", tool)
+    parameters = tool.get("parameters")
+    fields = parameters.get("properties") if isinstance(parameters, dict) else None
+    described = fields.items() if isinstance(fields, dict) else ()
+    lines = [
+        f"\n<function>\n<name>{tool['name']}</name>",
+        _xml_description(tool),
+        "\n<parameters>",
+        *(_xml_parameter(name, field) for name, field in described),
+        _xml_extra(parameters, ("type", "properties")),
+        "\n</parameters>",
+        _xml_extra(tool, ("type", "name", "description", "parameters")),
+        "\n</function>",
+    ]
+    return "".join(lines)
+
+
+def _xml_parameter(name: str, field: Any) -> str:
+    kind = f"\n<type>{field['type']}</type>" if isinstance(field, dict) and "type" in field else ""
+    described = _xml_description(field) + _xml_extra(field, ("name", "type", "description"))
+    return f"\n<parameter>\n<name>{name}</name>{kind}{described}\n</parameter>"
+
+
+def _xml_description(field: Any) -> str:
+    if not isinstance(field, dict) or "description" not in field:
+        return ""
+    return f"\n<description>{str(field['description']).strip()}</description>"
+
+
+def _xml_extra(field: Any, handled: Iterable[str]) -> str:
+    if not isinstance(field, dict):
+        return ""
+    return "".join(
+        f"\n<{key}>{_xml_value(value)}</{key}>"
+        for key, value in field.items()
+        if key not in handled
+    )

@@ -1,0 +1,148 @@
+"""Checkpoints that are whole or absent, and a resume that restores everything.
+
+Two faults of the stock Trainer are mended here. It saves experts one by one (hub names) but loads
+with `strict=False` into fused tensors, so that a resumed run silently continues with the base
+model's experts (transformers issue 48805). And it writes in place, so that a killed save leaves a
+folder which looks like the newest checkpoint. A checkpoint is therefore written aside, sealed with
+`manifest.json` (every file, its size and hash) and renamed; loading goes through the same
+conversion as `from_pretrained` and refuses any missing or unexpected weight.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from transformers import PreTrainedModel
+
+from qwen3_sft.model import load_strict
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is incomplete, damaged or does not fit; the message names the file."""
+
+
+def seal(folder: Path, **facts: Any) -> None:
+    """Write the manifest: `files` with size and xxh3 hash, plus `facts`; then flush it to disk."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3": _hash(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump({**facts, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint whose files are all there and unchanged.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, short or altered.
+    """
+    manifest_file = folder / MANIFEST
+    if not manifest_file.is_file():
+        raise CheckpointError(f"{folder}: no {MANIFEST}; the save did not finish")
+    manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size} bytes, the manifest says {expected['bytes']}"
+            )
+        if _hash(path) != expected["xxh3"]:
+            raise CheckpointError(f"{path}: content differs from what was saved")
+    return manifest
+
+
+def newest_verified(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest whole checkpoint and why newer ones were passed over."""
+    folders = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and _NAME.fullmatch(p.name)]
+    passed_over = []
+    for folder in sorted(folders, key=step_of, reverse=True):
+        try:
+            verify(folder)
+        except (CheckpointError, json.JSONDecodeError, KeyError) as error:
+            passed_over.append(str(error))
+        else:
+            return folder, passed_over
+    return None, passed_over
+
+
+def step_of(folder: Path) -> int:
+    """Return N of `checkpoint-N`."""
+    match = _NAME.fullmatch(folder.name)
+    if match is None:
+        raise CheckpointError(f"{folder}: not named checkpoint-N")
+    return int(match.group(1))
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Move a sealed folder to its final name in one step; an unsealed namesake is replaced."""
+    if final.exists():
+        shutil.rmtree(final)
+    for path in staged.rglob("*"):
+        _sync(path)
+    staged.rename(final)
+    _sync(final.parent)
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Put a saved checkpoint's weights into a live (patched) model, strictly.
+
+    The hub's per-expert names are merged into the live fused tensors by the same conversion that
+    `from_pretrained` uses.
+
+    Raises:
+        ModelError: the files miss a weight, or have one too many.
+        CheckpointError: the live model has other parameters than the files.
+    """
+    saved = load_strict(folder, dtype=next(model.parameters()).dtype).state_dict()
+    live = model.state_dict()
+    if saved.keys() != live.keys():
+        differing = sorted(saved.keys() ^ live.keys())
+        raise CheckpointError(f"{folder}: the live model differs in {', '.join(differing[:5])}")
+    model.load_state_dict(saved, strict=True)
+
+
+def refuse_non_finite(model: torch.nn.Module, step: int) -> None:
+    """Raise before a NaN or Inf weight can replace a good checkpoint.
+
+    Raises:
+        CheckpointError: naming the first such parameter.
+    """
+    flags = {name: torch.isfinite(p).all() for name, p in model.named_parameters()}
+    if not torch.stack(list(flags.values())).all():
+        bad = next(name for name, flag in flags.items() if not flag)
+        raise CheckpointError(f"step {step}: {bad} holds NaN or Inf; no checkpoint was written")
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

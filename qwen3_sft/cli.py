@@ -1,0 +1,101 @@
+"""The console script `qwen3-sft`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+USAGE = """usage: qwen3-sft COMMAND ...
+
+  train [--config RECIPE] [--option value ...]   fine-tune; without options the embedded demo
+  train --help                                   every option
+  data inspect --dataset F --model_name_or_path M [-n N] [--format text|json] [--option value ...]
+                                                 samples with the trained text marked
+  export CHECKPOINT FOLDER [--dtype DTYPE]       a checkpoint of a run as a hub model, verified
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Dispatch a command line; return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    match argv:
+        case ["train", *rest]:
+            from qwen3_sft.launch import launch
+
+            return launch(rest) if not {"-h", "--help"} & set(rest) else _train_help()
+        case ["data", "inspect", *rest]:
+            return _inspect(rest)
+        case ["export", *rest]:
+            return _export(rest)
+        case [] | ["-h" | "--help", *_]:
+            print(USAGE, end="")
+            return 0 if argv else 2
+    print(f"qwen3-sft: unknown command {' '.join(argv[:2])!r}\n{USAGE}", end="", file=sys.stderr)
+    return 2
+
+
+def _train_help() -> int:
+    from qwen3_sft.recipe import help_text
+
+    print(help_text(), end="")
+    return 0
+
+
+def _inspect(argv: list[str]) -> int:
+    """Print samples as text or as JSON lines."""
+    from qwen3_sft.logs import set_up_logging
+
+    set_up_logging()
+    parser = argparse.ArgumentParser(prog="qwen3-sft data inspect", add_help=False)
+    parser.add_argument("-n", type=int, default=5)
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+    own, rest = parser.parse_known_args(argv)
+
+    from qwen3_sft.demo import resolve_demo
+    from qwen3_sft.inspect_data import inspect
+    from qwen3_sft.model import ModelError, load_tokenizer, resolve_tokenizer
+    from qwen3_sft.recipe import UsageError, parse_options
+    from qwen3_sft.samples import DataError
+
+    try:
+        options = parse_options(rest)
+        model, data = resolve_demo(options.model.model_name_or_path, options.data)
+        tokenizer = load_tokenizer(resolve_tokenizer(model, options.model.model_revision))
+        for line in inspect(data, tokenizer, own.n, own.format, color=sys.stdout.isatty()):
+            print(line)
+    except (UsageError, DataError, ModelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    """Write a run's checkpoint as a hub model."""
+    from qwen3_sft.logs import set_up_logging
+
+    set_up_logging()
+    parser = argparse.ArgumentParser(prog="qwen3-sft export")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    own = parser.parse_args(argv)
+
+    import torch
+
+    from qwen3_sft.checkpoint import CheckpointError, verify
+    from qwen3_sft.export import ExportError, export_model
+    from qwen3_sft.model import ModelError, load_strict
+
+    try:
+        verify(own.checkpoint)
+        model = load_strict(own.checkpoint)
+        export_model(model, own.checkpoint, own.folder, getattr(torch, own.dtype))
+    except (CheckpointError, ModelError, ExportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ModelError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""Prepare data: rows -> tokens, once, into a cache that every rank and every later run maps.
+
+Call `prepare` before the process group exists. All ranks call it: the first one to take the lock
+tokenises, the others wait for it outside any collective, so that no timeout of the group counts,
+and a second start finds the cache by its key.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from qwen3_sft.cache_key import FileHashes, cache_key, describe_all, text_hash
+from qwen3_sft.chat import detect_chat_format, self_check
+from qwen3_sft.data_report import check_drops, make_report, report_origin, report_text
+from qwen3_sft.encoding import Encoder
+from qwen3_sft.formats import parse_row
+from qwen3_sft.raw_rows import RawRow, raw_rows
+from qwen3_sft.readers import RowSource, find_sources
+from qwen3_sft.samples import Conversation, DataError
+from qwen3_sft.token_store import TokenDataset, TokenWriter
+from qwen3_sft.tokenize_rows import (
+    Counts,
+    RowTokenizer,
+    TokenizedSample,
+    TokenizeOptions,
+    tokenize_chunks,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qwen3_sft.args import DataArguments
+
+logger = logging.getLogger(__name__)
+
+_CHECKED_ROWS = 100  # whose text is compared with the tokenizer's own chat template
+
+
+def prepare(
+    args: DataArguments, tokenizer: PreTrainedTokenizerBase, *, eval: bool = False
+) -> TokenDataset:
+    """Tokenise `dataset` (or `eval_dataset`), or open the cache of an earlier run.
+
+    Args:
+        args: the sources and what to make of them.
+        tokenizer: of the model; a fast one with Qwen3's control tokens.
+        eval: take `eval_dataset` instead of `dataset`.
+
+    Raises:
+        DataError: for a source or a row that cannot be trained on, or too many dropped rows.
+        RuntimeError: if a process group exists already.
+    """
+    _refuse_process_group()
+    sources = find_sources(args, eval=eval)
+    options = tokenize_options(args, tokenizer)
+    cache = _cache_folder(args)
+    key = _key(args, sources, options, tokenizer, cache)
+    folder = cache / key
+    if not _is_whole(folder):
+        with _locked(cache / f"{key}.lock"):
+            if not _is_whole(folder):
+                _build(folder, args, sources, options, tokenizer)
+    dataset = TokenDataset(folder)
+    check_drops(dataset.report, args.max_drop_fraction)
+    logger.info("%s", report_text(dataset.report))
+    return dataset
+
+
+def tokenize_options(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TokenizeOptions:
+    """Pick what decides the tokens; `chat_format` "auto" is read off the chat template."""
+    chat_format, problem = _chat_format(args, tokenizer)
+    return TokenizeOptions(
+        chat_format=chat_format,
+        chat_format_problem=problem,
+        vocab_size=len(tokenizer),
+        max_length=args.max_length,
+        overlong=args.overlong,
+        train_on=args.train_on,
+        thinking=args.thinking,
+        train_empty_think=args.train_empty_think,
+    )
+
+
+def _chat_format(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, str]:
+    """Return the format, or why there is none: an error only once a conversation needs it."""
+    if args.chat_format != "auto":
+        return args.chat_format, ""
+    try:
+        return detect_chat_format(_chat_template(tokenizer)), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def _refuse_process_group() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise RuntimeError(
+            "prepare() was called after torch.distributed was initialised; other ranks' "
+            "collectives would time out while one tokenises: call it before TrainingArguments"
+        )
+
+
+def _cache_folder(args: DataArguments) -> Path:
+    if args.data_cache_dir:
+        return Path(args.data_cache_dir).expanduser()
+    return Path.home() / ".cache" / "qwen3_sft" / "tokens"
+
+
+def _key(
+    args: DataArguments,
+    sources: list[RowSource],
+    options: TokenizeOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+) -> str:
+    return cache_key(
+        {
+            "sources": describe_all(sources, FileHashes(cache / "file_hashes.json")),
+            "max_rows": args.max_rows,
+            "options": {name: getattr(options, name) for name in options.__slots__},
+            "chat_template": text_hash(_chat_template(tokenizer) or ""),
+            "tokenizer": text_hash(tokenizer.backend_tokenizer.to_str()),
+            "eos_token": str(tokenizer.eos_token),
+        }
+    )
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the cache folder is there and its files have the sizes that its report states."""
+    if not folder.exists():
+        return False
+    try:
+        dataset = TokenDataset(folder)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("token cache %s is damaged (%s); it is made anew", folder, error)
+        return False
+    return len(dataset) == dataset.report["samples_used"]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock between processes; say so when it has to be waited for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("another process prepares the data; waiting for %s", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build(
+    folder: Path,
+    args: DataArguments,
+    sources: list[RowSource],
+    options: TokenizeOptions,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Make the cache in a folder beside it and rename that; the lock is held."""
+    started = time.perf_counter()
+    _remove_leftovers(folder)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    try:
+        with TokenWriter(partial) as writer:
+            report = _tokenize(writer, args, sources, options, tokenizer)
+            report["key"] = folder.name
+            report["seconds"] = round(time.perf_counter() - started, 3)
+            writer.finish(report)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # there is none after the rename
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove a damaged cache, and what a killed process left of this one."""
+    for leftover in [folder, *folder.parent.glob(f"{folder.name}.partial-*")]:
+        if leftover.exists():
+            shutil.rmtree(leftover)
+
+
+def _tokenize(
+    writer: TokenWriter,
+    args: DataArguments,
+    sources: list[RowSource],
+    options: TokenizeOptions,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """Write the tokens of all rows; return the report."""
+    counts, formats, lengths = Counts(), Counter[str](), []
+    rows = raw_rows(sources, args.max_rows, counts.warnings, formats)
+    first = list(islice(rows, _CHECKED_ROWS))
+    _check_template(first, options, tokenizer, is_explicit=args.chat_format != "auto")
+    chunks = tokenize_chunks(
+        RowTokenizer(Encoder(tokenizer), options),
+        chain(first, rows),
+        num_proc=len(os.sched_getaffinity(0)) if args.num_proc is None else args.num_proc,
+    )
+    with tqdm(desc="tokenising", unit=" rows", delay=2) as progress:
+        for chunk in chunks:
+            lengths.append(_append(writer, chunk.samples))
+            counts.merge(chunk.counts)
+            progress.update(chunk.counts.rows_in)
+    return {
+        **report_origin(sources, formats, options),
+        **make_report(counts, np.concatenate([*lengths, np.empty(0, np.int64)])),
+    }
+
+
+def _append(writer: TokenWriter, samples: list[TokenizedSample]) -> np.ndarray:
+    """Write samples; return their lengths."""
+    lengths = np.array([len(sample.ids) for sample in samples], np.int64)
+    if samples:
+        writer.append(
+            np.concatenate([sample.ids for sample in samples]),
+            np.concatenate([sample.trained for sample in samples]),
+            lengths,
+            np.array([sample.row for sample in samples], np.int64),
+        )
+    return lengths
+
+
+def _check_template(
+    rows: list[RawRow],
+    options: TokenizeOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    is_explicit: bool,
+) -> None:
+    """Compare the first rows' text with what the tokenizer's template renders at inference.
+
+    Raises:
+        DataError: if they differ and the format was not chosen by `--chat_format`.
+    """
+    if options.chat_format is None or not _chat_template(tokenizer):
+        return
+    parsed = [
+        parse_row(row.content, row.fmt, row.location, Counter(), drop_nulls=row.is_table)
+        for row in rows
+    ]
+    conversations = [sample for sample in parsed if isinstance(sample, Conversation)]
+    try:
+        self_check(conversations, tokenizer, options.chat_format, limit=len(rows))
+    except ValueError as error:
+        if not is_explicit:
+            raise DataError(f"{tokenizer.name_or_path or 'tokenizer'}: {error}") from error
+        logger.warning("training on %s as told, but %s", options.chat_format, error)

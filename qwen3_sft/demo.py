@@ -1,0 +1,50 @@
+"""The embedded demo: `--model_name_or_path demo --dataset demo` built on the spot."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from filelock import FileLock
+
+from qwen3_sft.args import DataArguments
+from qwen3_sft.demo_data import conversations, write_conversations
+from qwen3_sft.demo_model import train_tokenizer, write_checkpoint
+
+NAME = "demo"
+VOCAB_SIZE = 4096
+
+
+def build_demo(folder: Path) -> tuple[Path, Path]:
+    """Make the tiny model and the conversations in `folder`, once, whichever rank comes first.
+
+    Returns:
+        The model folder (hub layout, random weights) and the JSON lines file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model, data = folder / "model", folder / "conversations.jsonl"
+    with FileLock(folder / ".lock"):
+        if not data.exists():  # written last, so its presence means that both are whole
+            texts = (m["content"] for row in conversations() for m in row["messages"])
+            write_checkpoint(model, train_tokenizer(texts, VOCAB_SIZE))
+            partial = data.with_suffix(".partial")
+            write_conversations(partial)
+            partial.rename(data)
+    return model, data
+
+
+def resolve_demo(
+    model: str, data: DataArguments, folder: Path | None = None
+) -> tuple[str, DataArguments]:
+    """Replace the name `demo` by what it stands for; leave everything else as it is.
+
+    Args:
+        model: folder, hub id or `demo`.
+        data: its `dataset` may contain `demo`.
+        folder: where to build it; by default ~/.cache/qwen3_sft/demo.
+    """
+    if NAME not in (model, *data.dataset):
+        return model, data
+    demo_model, demo_data = build_demo(folder or Path.home() / ".cache" / "qwen3_sft" / "demo")
+    sources = [str(demo_data) if name == NAME else name for name in data.dataset]
+    return str(demo_model) if model == NAME else model, dataclasses.replace(data, dataset=sources)

@@ -1,0 +1,77 @@
+"""Rendered pieces become token ids and a mask; content has no way to forge a control token.
+
+A tokenizer finds its added tokens in any text, also in what a user wrote. Here plain pieces go
+through a copy of it that has none, and control tokens are put in by id. Ordinary text gets exactly
+the ids of the tokenizer itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qwen3_sft.chat_pieces import Rendered
+from qwen3_sft.chat_templates import CONTROL_TOKENS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Encoded = tuple[np.ndarray, np.ndarray]  # input_ids (T,) int32, trained (T,) bool
+
+
+class Encoder:
+    """Encodes rendered samples; pickles, so that worker processes get a copy.
+
+    Attributes:
+        eos_token: the tokenizer's end token, for `render_plain`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take over a fast tokenizer.
+
+        Raises:
+            ValueError: if it is not a fast tokenizer with Qwen3's control tokens.
+        """
+        from tokenizers import Tokenizer
+
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no fast backend; the model folder needs a "
+                "tokenizer.json"
+            )
+        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        self._ids: dict[str, int] = {t["content"]: t["id"] for t in spec["added_tokens"]}
+        self.eos_token = str(tokenizer.eos_token)
+        missing = [token for token in (*CONTROL_TOKENS, self.eos_token) if token not in self._ids]
+        if missing:
+            raise ValueError(
+                f"the tokenizer has no control token {' '.join(missing)}: it is not Qwen3's; use "
+                "the tokenizer files of a Qwen3 model"
+            )
+        spec.update(added_tokens=[], truncation=None, padding=None, post_processor=None)
+        self._plain = Tokenizer.from_str(json.dumps(spec))
+
+    def encode(self, rendered: Rendered) -> Encoded:
+        """Return input_ids (T,) int32 and trained (T,) bool of one sample."""
+        return self.encode_batch([rendered])[0]
+
+    def encode_batch(self, batch: Sequence[Rendered]) -> list[Encoded]:
+        """Encode several samples with one call of the tokenizer, which is faster."""
+        pieces = chain.from_iterable(rendered.pieces for rendered in batch)
+        texts = list({piece.text: None for piece in pieces if not piece.control})
+        encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        ids = {text: e.ids for text, e in zip(texts, encodings, strict=True)}
+        return [self._assemble(rendered, ids) for rendered in batch]
+
+    def _assemble(self, rendered: Rendered, plain_ids: dict[str, list[int]]) -> Encoded:
+        ids: list[int] = []
+        trained: list[bool] = []
+        for piece in rendered.pieces:
+            new = [self._ids[piece.text]] if piece.control else plain_ids[piece.text]
+            ids += new
+            trained += [piece.trained] * len(new)
+        return np.array(ids, np.int32), np.array(trained, bool)

@@ -1,0 +1,25 @@
+"""Logging of a run: our lines plain on standard output, other libraries' warnings kept."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+# They report at import that CUDA extensions for other builds exist, which no user can act on.
+_CHATTY_AT_IMPORT = ("torchao", "torch.utils._pytree")
+
+
+def set_up_logging() -> None:
+    """Send our INFO lines of rank 0, and warnings of all ranks, to standard output."""
+    rank = int(os.environ.get("RANK", "0"))
+    handler = logging.StreamHandler(sys.stdout)
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    for name in ("qwen3_sft", "monkey_patch"):
+        log = logging.getLogger(name)
+        log.handlers = [handler]
+        log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        log.propagate = False
+    for name in _CHATTY_AT_IMPORT:
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,246 @@
+"""Where rows come from: files, folders, saved datasets and hub ids, each row with its location.
+
+A source is read as a stream, in a fixed order, and can say which content it has (`identity`)
+without being read row by row. Locations are `file:line` for JSON and `file:row N` (from 1) for
+tables and hub data.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qwen3_sft.json_rows import Row, json_rows, jsonl_rows
+from qwen3_sft.samples import DataError
+from qwen3_sft.table_rows import arrow_rows, parquet_rows
+from qwen3_sft.tally import Tally
+
+if TYPE_CHECKING:
+    from qwen3_sft.args import DataArguments
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
+_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_NOT_DATA = {".md", ".txt", ".yaml", ".yml", ".lock", ""}
+
+Digest = Callable[[Path], str]  # content hash of a file
+
+
+class RowSource(Protocol):
+    """A stream of rows of one format."""
+
+    @property
+    def name(self) -> str:
+        """What the report calls it."""
+        ...
+
+    @property
+    def is_table(self) -> bool:
+        """Whether every row has the union of all rows' keys, so that null may mean absent."""
+        ...
+
+    def rows(self, tally: Tally) -> Iterator[Row]:
+        """Yield (location, row); what is skipped is counted in `tally`."""
+        ...
+
+    def identity(self, digest: Digest) -> str:
+        """Return a string that changes whenever the rows may have."""
+        ...
+
+
+def iter_rows(
+    args: DataArguments, *, eval: bool = False, tally: Tally | None = None
+) -> Iterator[Row]:
+    """Yield (location, row) of all sources, at most `max_rows`.
+
+    Raises:
+        DataError: if a source does not exist or cannot be read.
+    """
+    counted = Tally() if tally is None else tally
+    rows = (row for source in find_sources(args, eval=eval) for row in source.rows(counted))
+    return islice(rows, args.max_rows)
+
+
+def find_sources(args: DataArguments, *, eval: bool = False) -> list[RowSource]:
+    """Resolve `dataset` (or `eval_dataset`) to readable sources, folders to their files.
+
+    A hub id or a folder saved with several splits may name its split after a colon
+    (`org/name:test`); otherwise `dataset_split` decides.
+
+    Raises:
+        DataError: if nothing is given, or a path does not exist or holds no data.
+    """
+    option, names = ("eval_dataset", args.eval_dataset) if eval else ("dataset", args.dataset)
+    if not names:
+        raise DataError(f"no data: set --{option} to files, folders or hub ids")
+    return [source for name in names for source in _find(name, args)]
+
+
+def _find(name: str, args: DataArguments) -> list[RowSource]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [_FileSource(path)]
+    if path.is_dir():
+        return _folder_sources(path, args.dataset_split)
+    base, colon, split = name.rpartition(":")
+    if colon and Path(base).expanduser().is_dir():
+        return _folder_sources(Path(base).expanduser(), split)
+    hub_id, split = (base, split) if colon else (name, args.dataset_split)
+    if not _looks_like_hub_id(hub_id):
+        raise DataError(f"{name}: no such file or folder{_suggestion(path)}")
+    return [_HubSource(hub_id, split, args.dataset_config, args.dataset_revision, args.streaming)]
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    if name.endswith(SUFFIXES) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        return False
+    return "/" not in name or not Path(name.split("/")[0]).is_dir()
+
+
+def _suggestion(path: Path) -> str:
+    """Return "; did you mean X?" for the nearest name beside the first missing part of a path."""
+    missing = path.absolute()
+    while not missing.parent.is_dir():
+        missing = missing.parent
+    names = [entry.name for entry in missing.parent.iterdir()]
+    near = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.5)
+    return f"; did you mean {missing.parent / near[0]}?" if near else ""
+
+
+def _folder_sources(folder: Path, split: str) -> list[RowSource]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(entry.parent.name for entry in folder.glob("*/state.json"))
+        if split not in splits:
+            raise DataError(
+                f"{folder}: no split {split!r}; it has {', '.join(splits)}: set --dataset_split"
+            )
+        return [_SavedSource(folder / split)]
+    if (folder / "state.json").is_file():
+        return [_SavedSource(folder)]
+    visible = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    ]
+    unread = [path for path in visible if path.suffix not in _NOT_DATA.union(SUFFIXES)]
+    if unread:
+        raise DataError(
+            f"{unread[0]}: unknown kind of file ({len(unread)} such in {folder}); "
+            f"accepted are {', '.join(SUFFIXES)}: convert it or move it away"
+        )
+    files = [path for path in visible if path.suffix in SUFFIXES and path.name not in _METADATA]
+    if not files:
+        raise DataError(f"{folder}: no {', '.join(SUFFIXES)} file in this folder")
+    return [_FileSource(path) for path in files]
+
+
+@dataclass(frozen=True)
+class _FileSource:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    @property
+    def is_table(self) -> bool:
+        return self.path.suffix in (".parquet", ".arrow")
+
+    def rows(self, tally: Tally) -> Iterator[Row]:
+        """Yield the rows of a file by its ending."""
+        match self.path.suffix:
+            case ".jsonl":
+                return jsonl_rows(self.path, tally)
+            case ".json":
+                return json_rows(self.path)
+            case ".parquet":
+                return parquet_rows(self.path)
+            case ".arrow":
+                return arrow_rows(self.path)
+        raise DataError(
+            f"{self.path}: unknown kind of file {self.path.suffix!r}; "
+            f"accepted are {', '.join(SUFFIXES)}"
+        )
+
+    def identity(self, digest: Digest) -> str:
+        return f"{self.path.suffix} {digest(self.path)}"
+
+
+@dataclass(frozen=True)
+class _SavedSource:
+    """A folder written by `datasets.Dataset.save_to_disk`."""
+
+    path: Path
+    is_table: bool = True
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def rows(self, tally: Tally) -> Iterator[Row]:
+        from datasets import load_from_disk
+
+        try:
+            dataset = load_from_disk(str(self.path)).with_format(None)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.path}: cannot read this saved dataset: {error}") from error
+        return _numbered(self.name, dataset)
+
+    def identity(self, digest: Digest) -> str:
+        return " ".join(digest(path) for path in sorted(self.path.glob("*")) if path.is_file())
+
+
+@dataclass(frozen=True)
+class _HubSource:
+    hub_id: str
+    split: str
+    config: str | None
+    revision: str | None
+    streaming: bool
+    is_table: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.hub_id}:{self.split}"
+
+    @functools.cached_property
+    def dataset(self) -> Any:
+        """The dataset as `datasets` loads it; a dataset script is refused there."""
+        from datasets import load_dataset
+
+        try:
+            return load_dataset(
+                self.hub_id,
+                self.config,
+                split=self.split,
+                revision=self.revision,
+                streaming=self.streaming,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"{self.name}: neither a file or folder here nor a dataset that loads from the "
+                f"hub: {error}{_suggestion(Path(self.hub_id))}"
+            ) from error
+
+    def rows(self, tally: Tally) -> Iterator[Row]:
+        return _numbered(self.name, self.dataset)
+
+    def identity(self, digest: Digest) -> str:
+        if not self.streaming:
+            return str(self.dataset._fingerprint)
+        from huggingface_hub import HfApi
+
+        try:
+            info = HfApi().dataset_info(self.hub_id, revision=self.revision)
+        except OSError as error:
+            raise DataError(f"{self.name}: the hub does not answer: {error}") from error
+        return f"{info.sha} {self.config}"
+
+
+def _numbered(name: str, rows: Any) -> Iterator[Row]:
+    return ((f"{name}:row {number}", row) for number, row in enumerate(rows, 1))

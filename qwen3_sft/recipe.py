@@ -1,0 +1,169 @@
+"""A recipe (YAML) plus a command line become typed options; the command line wins.
+
+Both go through the same argparse definitions, so a wrong value in a recipe is found exactly as on
+the command line, and an unknown name is an error that suggests the nearest one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from qwen3_sft.args import DataArguments, ModelArguments, TrainArguments
+
+
+class UsageError(ValueError):
+    """A mistake in a recipe or on the command line; the program ends with exit code 2."""
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+@dataclasses.dataclass
+class Options:
+    """All options of one run. `train_arguments()` comes last: it joins the process group."""
+
+    model: ModelArguments
+    data: DataArguments
+    train_values: dict[str, Any]
+    recipe: str | None
+
+    @property
+    def output_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.train_values["output_dir"])
+
+    def train_arguments(self) -> TrainArguments:
+        """Build the TrainingArguments; this initialises the device and the process group.
+
+        Raises:
+            UsageError: if transformers or `TrainArguments` refuse a value.
+        """
+        try:
+            return TrainArguments(**self.train_values)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    def resolved(self) -> dict[str, Any]:
+        """Every option that differs from its default, plus model, data and output: a recipe."""
+        values = {
+            **dataclasses.asdict(self.model),
+            **dataclasses.asdict(self.data),
+            **self.train_values,
+        }
+        defaults = vars(_parser().parse_args([]))
+        defaults["dry_run"] = values["dry_run"]  # how it was called, not part of a recipe
+        always = {"model_name_or_path", "dataset", "output_dir", "max_length", "learning_rate"}
+        return {k: v for k, v in values.items() if k in always or v != defaults[k]}
+
+
+def parse_options(argv: list[str]) -> Options:
+    """Parse `[--config RECIPE] [--flag value ...]`.
+
+    Raises:
+        UsageError: unknown option (with the nearest known name), wrong value, missing model or
+            dataset.
+    """
+    parser = _parser()
+    pre, rest = _config_parser().parse_known_args(argv)
+    tokens = _recipe_tokens(Path(pre.config), parser) if pre.config else []
+    namespace, unknown = parser.parse_known_args([*tokens, *rest])
+    if unknown:
+        raise UsageError(_unknown(unknown[0], parser, "on the command line"))
+    options = Options(
+        model=ModelArguments(**_pick(namespace, ModelArguments)),
+        data=DataArguments(**_pick(namespace, DataArguments)),
+        train_values=_pick(namespace, TrainArguments),
+        recipe=pre.config,
+    )
+    _check(options)
+    return options
+
+
+def _parser() -> _Parser:
+    return _Parser(
+        [ModelArguments, DataArguments, TrainArguments],  # type: ignore[arg-type]
+        prog="qwen3-sft train",
+        allow_abbrev=False,
+        add_help=False,
+    )
+
+
+def help_text() -> str:
+    """Return the description of every option."""
+    return "--config RECIPE.yaml, then any of:\n" + _parser().format_help()
+
+
+def _config_parser() -> _Parser:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default=None)
+    return parser
+
+
+def _pick(namespace: Namespace, kind: type) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(kind) if f.init]
+    return {name: getattr(namespace, name) for name in names}
+
+
+def _recipe_tokens(path: Path, parser: _Parser) -> list[str]:
+    """Turn a recipe into command line tokens, `--key value ...`."""
+    if not path.is_file():
+        raise UsageError(f"--config {path}: no such file")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(f"{path}: expected `key: value` lines, found a {type(recipe).__name__}")
+    known = {action.dest for action in parser._actions}
+    tokens: list[str] = []
+    for key, value in recipe.items():
+        if key not in known:
+            raise UsageError(_unknown(f"--{key}", parser, f"in {path}"))
+        if value is not None and value != []:
+            tokens += [f"--{key}", *_words(value)]
+    return tokens
+
+
+def _words(value: object) -> list[str]:
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return [json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def _unknown(token: str, parser: _Parser, where: str) -> str:
+    if not token.startswith("--"):
+        return f"unexpected value {token!r} {where}"
+    name = token[2:].split("=")[0].replace("-", "_")
+    names = sorted({action.dest for action in parser._actions} | {"config"})
+    nearest = max(names, key=lambda known: _likeness(name, known))
+    return f"unknown option --{name} {where}; did you mean --{nearest}? (--help lists all)"
+
+
+def _likeness(name: str, known: str) -> float:
+    """Compare whole names, and the beginning of a long one: `modle` means model_name_or_path."""
+    whole = difflib.SequenceMatcher(None, name, known).ratio()
+    beginning = difflib.SequenceMatcher(None, name, known[: len(name)]).ratio()
+    return max(whole, 0.9 * beginning)
+
+
+def _check(options: Options) -> None:
+    if not options.model.model_name_or_path:
+        raise UsageError("no model: set --model_name_or_path to a folder or hub id (or `demo`)")
+    if not options.data.dataset:
+        raise UsageError("no data: set --dataset to files, folders or hub ids (or `demo`)")
+    if not 0 <= options.data.eval_fraction <= 0.5:
+        raise UsageError(f"--eval_fraction {options.data.eval_fraction}: must be 0 to 0.5")
+    if options.data.eval_fraction and options.data.eval_dataset:
+        raise UsageError("--eval_fraction and --eval_dataset are both set: choose one")
+    if options.data.max_length < 8:
+        raise UsageError(f"--max_length {options.data.max_length}: must be at least 8")

@@ -1,0 +1,207 @@
+"""One run, top to bottom: options -> tokens -> model -> patches -> trainer -> export."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import IntervalStrategy
+
+import monkey_patch
+from qwen3_sft.args import DataArguments, TrainArguments
+from qwen3_sft.build import build_trainer
+from qwen3_sft.checkpoint import CheckpointError
+from qwen3_sft.completions import before_and_after
+from qwen3_sft.data import TokenDataset, prepare
+from qwen3_sft.demo import resolve_demo
+from qwen3_sft.dry_run import dry_run
+from qwen3_sft.export import ExportError, export_model
+from qwen3_sft.formats import DataError
+from qwen3_sft.hardware import device_info
+from qwen3_sft.leak_test import LeakError, leak_test
+from qwen3_sft.model import (
+    ModelError,
+    choose_attention,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
+from qwen3_sft.patches import choose_patches
+from qwen3_sft.recipe import Options, UsageError, help_text, parse_options
+from qwen3_sft.run_folder import RunFolder, choose_checkpoint, versions
+from qwen3_sft.trainer import NonFiniteError, SftTrainer
+
+logger = logging.getLogger(__name__)
+
+# Mistakes of the user's: a message without a traceback, exit code 2.
+_USER_ERRORS = (UsageError, DataError, ModelError)
+# What went wrong inside a run: a message without a traceback, exit code 1.
+_RUN_ERRORS = (
+    CheckpointError, ExportError, LeakError, NonFiniteError, monkey_patch.PatchError,
+)  # fmt: skip
+
+
+def run_command(argv: list[str]) -> int:
+    """Run a command line; mistakes become a message and an exit code, not a traceback."""
+    try:
+        if "--help" in argv or "-h" in argv:
+            logger.info("%s", help_text())
+            return 0
+        options = parse_options(argv)
+        if options.train_values["dry_run"]:
+            for line in dry_run(options):
+                logger.info("%s", line)
+            return 0
+        return run(options)
+    except _USER_ERRORS as error:
+        logger.error("error: %s", error)
+        return 2
+    except _RUN_ERRORS as error:
+        logger.error("%s: %s", type(error).__name__, error)
+        return 1
+
+
+def run(options: Options) -> int:
+    """Train one recipe into its run folder, or say that this has been done."""
+    _refuse_engines()
+    folder = RunFolder(options.output_dir)
+    if summary := folder.summary():
+        logger.info("%s", _finished(folder, summary))
+        return 0
+    checkpoint = choose_checkpoint(folder, options.train_values["resume"])
+    folder.path.mkdir(parents=True, exist_ok=True)
+    name, data = resolve_demo(options.model.model_name_or_path, options.data, folder.path / "base")
+    base = resolve_model(name, options.model.model_revision)
+    tokenizer = load_tokenizer(base)
+    # Before TrainingArguments exist, hence outside any process group: this may take hours.
+    train_tokens, eval_tokens = _prepare_data(data, tokenizer, options.train_values["seed"])
+
+    if options.model.dtype == "auto" and torch.cuda.is_available():
+        options.train_values["bf16"] = torch.cuda.is_bf16_supported()
+    args = options.train_arguments()
+    set_seed(args.seed)
+    _default_evaluation(args, has_eval=eval_tokens is not None)
+
+    weights = torch.bfloat16 if options.model.dtype == "bfloat16" else torch.float32
+    compute = torch.bfloat16 if args.bf16 else weights
+    attention, reason = choose_attention(options.model.attn_implementation, args.device, compute)
+    logger.info("attention: %s (%s)", attention, reason)
+    model = load_model(base, options.model, args.device, weights, attention)
+    patches = monkey_patch.apply_patches(model, choose_patches(options.model, attention))
+    model.to(args.device)
+
+    trainer = build_trainer(
+        args, model, tokenizer, train_tokens, eval_tokens, data, folder, checkpoint
+    )
+    if trainer.is_world_process_zero():
+        _write_records(folder, options, train_tokens, trainer, patches.counts, attention)
+    report = leak_test(
+        model, trainer.train_dataset[0], data.max_length, tokenizer.pad_token_id,
+        autocast=torch.bfloat16 if args.bf16 and args.device.type == "cuda" else None,
+    )  # fmt: skip
+    logger.info("%s", report)
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _finish(trainer, options, base, folder)
+    return 0
+
+
+def _refuse_engines() -> None:
+    """Raise for engines that accelerate would switch on but this version does not support yet."""
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
+            raise UsageError(
+                f"not available yet: {name} (asked for by the accelerate config); launch with "
+                "config/single.json or config/ddp.json"
+            )
+
+
+def _finished(folder: RunFolder, summary: dict[str, Any]) -> str:
+    return (
+        f"{folder.path} holds a finished run: {summary['steps']} steps, "
+        f"final loss {summary['loss']:.4f}, model in {folder.model}\n"
+        f"{before_and_after(folder.samples)}\n"
+        "Nothing was changed. To train again choose another --output_dir, or remove the folder."
+    )
+
+
+def _prepare_data(
+    data: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[TokenDataset, TokenDataset | None]:
+    tokens = prepare(data, tokenizer)
+    if data.eval_dataset:
+        return tokens, prepare(data, tokenizer, eval=True)
+    if data.eval_fraction:
+        return tokens.split(data.eval_fraction, seed)
+    return tokens, None
+
+
+def _default_evaluation(args: TrainArguments, *, has_eval: bool) -> None:
+    """Evaluate as often as a checkpoint is written unless the recipe says otherwise."""
+    if has_eval and args.eval_strategy == IntervalStrategy.NO:
+        args.eval_strategy = IntervalStrategy(args.save_strategy.value)
+        args.eval_steps = args.save_steps
+    elif not has_eval and args.eval_strategy != IntervalStrategy.NO:
+        raise UsageError(
+            f"--eval_strategy {args.eval_strategy.value} without evaluation data: set "
+            "--eval_fraction or --eval_dataset"
+        )
+    if args.early_stopping_patience is not None and not args.load_best_model_at_end:
+        raise UsageError("--early_stopping_patience needs --load_best_model_at_end true")
+
+
+def _write_records(
+    folder: RunFolder,
+    options: Options,
+    tokens: TokenDataset,
+    trainer: SftTrainer,
+    patches: dict[str, int],
+    attention: str,
+) -> None:
+    info = device_info()
+    folder.write_config(options.resolved())
+    folder.write_json("data_report.json", tokens.report)
+    folder.write_json(
+        "environment.json",
+        {
+            "versions": versions(),
+            "device": dataclasses.asdict(info),
+            "world_size": trainer.args.world_size,
+            "weights_dtype": str(trainer.model.dtype),
+            "autocast_dtype": "bfloat16" if trainer.args.bf16 else None,
+            "attn_implementation": attention,
+            "patches": patches,
+        },
+    )
+
+
+def _finish(trainer: SftTrainer, options: Options, base: Path, folder: RunFolder) -> None:
+    """Export the model, say what happened, and mark the run as finished."""
+    if trainer.is_world_process_zero():
+        dtype = options.model.export_dtype
+        export_model(
+            trainer.accelerator.unwrap_model(trainer.model), base, folder.model,
+            None if dtype == "auto" else getattr(torch, dtype),
+        )  # fmt: skip
+        records = [entry for entry in trainer.state.log_history if "loss" in entry]
+        summary = {
+            "finished": True,
+            "steps": trainer.state.global_step,
+            "first_loss": records[0]["loss"],
+            "loss": records[-1]["loss"],
+            "best_metric": trainer.state.best_metric,
+            "skipped_steps": trainer.skipped_steps,
+            "model": str(folder.model),
+        }
+        folder.write_json("summary.json", summary)
+        logger.info(
+            "done: loss %.4f -> %.4f in %d steps, model in %s\n%s", summary["first_loss"],
+            summary["loss"], summary["steps"], folder.model, before_and_after(folder.samples),
+        )  # fmt: skip
+    trainer.accelerator.wait_for_everyone()

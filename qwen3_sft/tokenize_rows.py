@@ -1,0 +1,270 @@
+"""Raw rows -> tokens and labels, in this process or in several, with the same result.
+
+This module is what a worker process imports, so it stays clear of torch and transformers.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import multiprocessing
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Literal
+
+import numpy as np
+
+from qwen3_sft.chat import render, render_plain
+from qwen3_sft.chat_pieces import Rendered
+from qwen3_sft.encoding import Encoder
+from qwen3_sft.formats import parse_row
+from qwen3_sft.raw_rows import RawRow
+from qwen3_sft.samples import Conversation, DataError, Dropped, PlainText, Tokens
+from qwen3_sft.tally import Tally
+
+logger = logging.getLogger(__name__)
+
+NUM_LONGEST = 10
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeOptions:
+    """What decides the tokens, besides the tokenizer; `DataArguments` explains each.
+
+    Attributes:
+        chat_format: None if it is unknown, which is an error once a conversation comes.
+        chat_format_problem: why it is unknown.
+        vocab_size: token ids of pre-tokenised rows must be below it.
+    """
+
+    chat_format: str | None
+    chat_format_problem: str
+    vocab_size: int
+    max_length: int
+    overlong: Literal["drop", "error", "truncate"]
+    train_on: Literal["assistant", "last_assistant", "all"]
+    thinking: Literal["split_turns", "drop_history", "keep"]
+    train_empty_think: bool
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of rows, samples and tokens; every token read is in exactly one entry."""
+
+    rows_in: int = 0
+    rows_used: int = 0
+    rows_dropped: Tally = field(default_factory=Tally)
+    samples_in: int = 0
+    samples_truncated: int = 0
+    samples_dropped: Tally = field(default_factory=Tally)
+    tokens_in: int = 0
+    tokens_used: int = 0
+    tokens_truncated: int = 0
+    tokens_dropped: int = 0
+    label_tokens: int = 0
+    warnings: Tally = field(default_factory=Tally)
+    longest: list[tuple[int, str]] = field(default_factory=list)
+
+    def merge(self, later: Counts) -> None:
+        """Add the counts of rows that come after these."""
+        for name in ("rows_dropped", "samples_dropped", "warnings"):
+            getattr(self, name).merge(getattr(later, name))
+        self.longest = heapq.nlargest(NUM_LONGEST, self.longest + later.longest)
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+
+
+_SUMS = (
+    "rows_in", "rows_used", "samples_in", "samples_truncated", "tokens_in", "tokens_used",
+    "tokens_truncated", "tokens_dropped", "label_tokens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedSample:
+    """One document: ids (n,) int32, trained (n,) bool, and where it came from."""
+
+    row: int
+    location: str
+    ids: np.ndarray
+    trained: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedRows:
+    """The samples of some rows, in order, and what became of all of the rows."""
+
+    samples: list[TokenizedSample]
+    counts: Counts
+
+
+class RowTokenizer:
+    """Turn raw rows into samples of at most `max_length` tokens, counting all that is lost."""
+
+    def __init__(self, encoder: Encoder, options: TokenizeOptions) -> None:
+        self.encoder = encoder
+        self.options = options
+
+    def __call__(self, rows: list[RawRow]) -> TokenizedRows:
+        """Tokenise some rows.
+
+        Raises:
+            DataError: for a row that cannot be trained on, or is too long with overlong="error".
+        """
+        counts = Counts(rows_in=len(rows))
+        made = [(row, rendered) for row in rows for rendered in self._render(row, counts)]
+        encoded = iter(self.encoder.encode_batch([r for _, r in made if not isinstance(r, Tokens)]))
+        used: list[TokenizedSample] = []
+        lost: dict[int, str] = {}
+        for row, rendered in made:
+            if isinstance(rendered, Tokens):
+                ids, trained = rendered.input_ids, rendered.trained
+            else:
+                ids, trained = next(encoded)
+            sample = TokenizedSample(row.number, row.location, ids, trained)
+            fitted = self._fit(sample, counts)
+            if isinstance(fitted, Dropped):
+                counts.samples_dropped.add(fitted.reason, row.location)
+                lost.setdefault(row.number, fitted.reason)
+            else:
+                used.append(fitted)
+        _count_rows(rows, used, lost, counts)
+        return TokenizedRows(used, counts)
+
+    def _render(self, row: RawRow, counts: Counts) -> list[Rendered | Tokens]:
+        """Return the samples of a row, before they become tokens."""
+        warnings: Counter[str] = Counter()
+        vocab_size = self.options.vocab_size
+        sample = parse_row(
+            row.content,
+            row.fmt,
+            row.location,
+            warnings,
+            vocab_size=vocab_size,
+            drop_nulls=row.is_table,
+        )
+        rendered: list[Rendered | Tokens] = []
+        if isinstance(sample, Dropped):
+            counts.rows_dropped.add(sample.reason, row.location)
+        elif isinstance(sample, Tokens):
+            rendered.append(sample)
+        elif isinstance(sample, PlainText):
+            train_on = self.options.train_on
+            rendered.append(render_plain(sample, self.encoder.eos_token, train_on=train_on))
+        else:
+            rendered += self._render_chat(sample, row.location, warnings)
+        for kind, count in warnings.items():
+            counts.warnings.add(kind, row.location, count)
+        return rendered
+
+    def _render_chat(
+        self, sample: Conversation, location: str, warnings: Counter[str]
+    ) -> list[Rendered]:
+        options = self.options
+        if options.chat_format is None:
+            raise DataError(f"{location}: cannot render it: {options.chat_format_problem}")
+        return render(
+            sample,
+            options.chat_format,
+            train_on=options.train_on,
+            thinking=options.thinking,
+            train_empty_think=options.train_empty_think,
+            location=location,
+            warnings=warnings,
+        )
+
+    def _fit(self, sample: TokenizedSample, counts: Counts) -> TokenizedSample | Dropped:
+        """Apply the policy for over-long samples; one without a label left is dropped."""
+        length, limit = len(sample.ids), self.options.max_length
+        counts.samples_in += 1
+        counts.tokens_in += length
+        counts.longest = heapq.nlargest(NUM_LONGEST, [*counts.longest, (length, sample.location)])
+        reason = "no label"
+        if length > limit:
+            if self.options.overlong == "error":
+                raise DataError(
+                    f"{sample.location}: {length} tokens, more than max_length {limit}: raise "
+                    "--max_length, shorten the row, or set --overlong to drop or truncate"
+                )
+            if self.options.overlong == "drop":
+                counts.tokens_dropped += length
+                return Dropped(f"more than {limit} tokens")
+            reason = f"no label after truncation to {limit}"
+        trained = sample.trained[:limit].copy()
+        trained[:1] = False  # nothing comes before a document's first token to predict it from
+        if not trained.any():
+            counts.tokens_dropped += length
+            return Dropped(reason)
+        counts.samples_truncated += length > limit
+        counts.tokens_truncated += max(length - limit, 0)
+        counts.tokens_used += len(trained)
+        counts.label_tokens += int(trained.sum())
+        return TokenizedSample(sample.row, sample.location, sample.ids[:limit], trained)
+
+
+def _count_rows(
+    rows: list[RawRow], used: list[TokenizedSample], lost: dict[int, str], counts: Counts
+) -> None:
+    """A row is used if any of its samples is, else dropped for its first sample's reason."""
+    used_rows = {sample.row for sample in used}
+    counts.rows_used = len(used_rows)
+    for row in rows:
+        if row.number in lost and row.number not in used_rows:
+            counts.rows_dropped.add(lost[row.number], row.location)
+
+
+def tokenize_chunks(
+    tokenize: RowTokenizer, rows: Iterable[RawRow], *, num_proc: int, chunk_rows: int = 256
+) -> Iterator[TokenizedRows]:
+    """Tokenise rows in chunks, in order, with as many processes as pay off.
+
+    The first error in the order of the rows is the one that is raised, whoever met it.
+
+    Raises:
+        ValueError: if `num_proc` is below 1.
+    """
+    if num_proc < 1:
+        raise ValueError(f"num_proc is {num_proc}; set it to 1 or more")
+    iterator = iter(rows)
+    chunks = iter(lambda: list(islice(iterator, chunk_rows)), [])
+    first = list(islice(chunks, 2))  # one chunk is done before a process has started
+    chunks = chain(first, chunks)
+    if num_proc == 1 or len(first) < 2:
+        return map(tokenize, chunks)
+    return _in_workers(tokenize, chunks, num_proc)
+
+
+def _in_workers(
+    tokenize: RowTokenizer, chunks: Iterable[list[RawRow]], num_proc: int
+) -> Iterator[TokenizedRows]:
+    # `spawn`: a fork of a process with threads (tokenizers, torch) may deadlock.
+    executor = ProcessPoolExecutor(
+        num_proc, multiprocessing.get_context("spawn"), _start_worker, (tokenize,)
+    )
+    waiting: deque[Future[TokenizedRows]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(executor.submit(_work, chunk))
+            if len(waiting) > 2 * num_proc:  # reading ahead further would only cost memory
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+_worker_tokenize: Callable[[list[RawRow]], TokenizedRows]
+
+
+def _start_worker(tokenize: RowTokenizer) -> None:
+    global _worker_tokenize  # noqa: PLW0603 - the one way to give a pool's worker its state once
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
+    _worker_tokenize = tokenize
+
+
+def _work(chunk: list[RawRow]) -> TokenizedRows:
+    return _worker_tokenize(chunk)

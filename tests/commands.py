@@ -1,0 +1,39 @@
+"""Start the project's commands as a user would, and read what a run left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command with one thread per process; never raises."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
+
+
+def cli(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run `qwen3-sft ARGUMENTS`."""
+    return run(sys.executable, "-m", "qwen3_sft.cli", *arguments, **environment)
+
+
+def succeeds(result: subprocess.CompletedProcess) -> str:
+    """Return standard output, or fail the test with everything that was printed."""
+    if result.returncode:
+        pytest.fail(f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}")
+    return result.stdout
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Return the records of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,40 @@
+"""Fixtures every test shares: a tiny Qwen3-MoE, its tokenizer, a fixed seed."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from qwen3_sft.demo_model import tiny_config, tiny_model, train_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Byte-level BPE of 1,024 tokens with Qwen3's control tokens and (thinking) chat template."""
+    return train_tokenizer([inspect.getsource(textwrap), inspect.getsource(random)], 1024)
+
+
+@pytest.fixture
+def tiny_moe(tokenizer):
+    """A fresh float32 Qwen3-MoE: 2 layers, 8 experts top-2, hidden 64, intermediate 48."""
+    config = tiny_config(
+        len(tokenizer),
+        hidden_size=64,
+        moe_intermediate_size=48,
+        num_hidden_layers=2,
+        num_experts=8,
+        head_dim=16,
+    )
+    return tiny_model(config)

@@ -1,0 +1,68 @@
+import json
+import sys
+
+import pytest
+import safetensors.torch
+
+from qwen3_sft.demo_model import write_checkpoint
+from tests.commands import metrics, run, succeeds
+from tests.oracle import assert_close
+
+pytestmark = pytest.mark.distributed
+
+TRAIN = (
+    "--max_length", 64, "--max_steps", 6, "--learning_rate", "1e-2", "--use_cpu", "true",
+    "--router_aux_loss_coef", 0.01, "--save_steps", 3, "--eval_fraction", 0.2, "--eval_steps", 3,
+    "--eval_strategy", "steps", "--num_samples", 1, "--sample_max_new_tokens", 4,
+)  # fmt: skip
+
+
+@pytest.fixture
+def inputs(tokenizer, tmp_path):
+    write_checkpoint(tmp_path / "base", tokenizer)
+    rows = [
+        {"messages": [
+            {"role": "user", "content": f"What is {i} plus {i}?"},
+            {"role": "assistant", "content": f"It is {2 * i}." + " Really." * (i % 4)},
+        ]}
+        for i in range(40)
+    ]  # fmt: skip
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    return (
+        "--model_name_or_path", tmp_path / "base", "--dataset", data,
+        "--data_cache_dir", tmp_path / "cache", *TRAIN,
+    )  # fmt: skip
+
+
+def test_two_processes_equal_one(inputs, tmp_path):
+    one = run(
+        sys.executable, "-m", "qwen3_sft.train", *inputs, "--output_dir", tmp_path / "one",
+        "--gradient_accumulation_steps", 2,
+    )  # fmt: skip
+    succeeds(one)
+    two = run(
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "-m",
+        "qwen3_sft.train", *inputs, "--output_dir", tmp_path / "two", "--ddp_backend", "gloo",
+    )  # fmt: skip
+    succeeds(two)
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for key in ("loss", "grad_norm", "aux_loss", "router_entropy"):
+            assert b[key] == pytest.approx(a[key], rel=1e-4), (a["step"], key)
+        for key in ("step", "tokens", "label_tokens", "padding_fraction", "learning_rate"):
+            assert b[key] == a[key], (a["step"], key)
+    reference = safetensors.torch.load_file(tmp_path / "one" / "model" / "model.safetensors")
+    exported = safetensors.torch.load_file(tmp_path / "two" / "model" / "model.safetensors")
+    for name, tensor in reference.items():
+        assert_close(exported[name], tensor, name=name, rms=1e-4)
+
+
+def test_a_bad_row_ends_all_processes_with_its_place(inputs, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(data.read_text() + '\n{"messages": []}\n')
+    two = run(
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "-m",
+        "qwen3_sft.train", *inputs, "--output_dir", tmp_path / "two", "--ddp_backend", "gloo",
+    )  # fmt: skip
+    assert two.returncode != 0
+    assert "rows.jsonl:41" in two.stdout

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The CPU test suite with its set-up: linters, types, shell scripts, then pytest on all cores.
+# Arguments go to pytest: `bash tests/run.sh tests/test_chat.py -k think`.
+set -euo pipefail
+
+# shellcheck source=environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
+use_environment dev
+cd "$QWEN3_SFT_HOME"
+
+python -m ruff check .
+python -m ruff format --check .
+pyrefly check --summarize-errors
+shellcheck -x environment.sh qwen3_sft.sh tests/run.sh .ci/run bench/gpu.sh
+
+# One thread per worker: the workers share the cores.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+exec python -m pytest -n "${PYTEST_WORKERS:-auto}" --dist worksteal -m "not gpu and not multi_gpu" "$@"

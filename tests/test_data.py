@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed
+from filelock import FileLock
+from torch.utils.data import DataLoader
+
+from qwen3_sft import cache_key
+from qwen3_sft.args import DataArguments
+from qwen3_sft.collator import PackedCollator
+from qwen3_sft.data import prepare
+from qwen3_sft.data_report import report_text
+from qwen3_sft.demo_data import conversations
+from qwen3_sft.packing import PackedDataset
+from qwen3_sft.samples import DataError
+from qwen3_sft.token_store import TokenDataset
+
+NUM_ROWS = 700  # three chunks of the tokeniser
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return [row for row, _ in zip(conversations(), range(NUM_ROWS), strict=False)]
+
+
+@pytest.fixture
+def args(tmp_path, monkeypatch, rows):
+    monkeypatch.chdir(tmp_path)
+    write(rows)
+    return DataArguments(dataset=["data.jsonl"], data_cache_dir="cache", num_proc=1)
+
+
+def write(rows) -> None:
+    Path("data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def arrays(dataset: TokenDataset) -> list[list]:
+    return [[part.tolist() for part in dataset[i]] for i in range(len(dataset))]
+
+
+def test_tokens_are_those_of_the_chat_template(args, rows, tokenizer):
+    args.dataset_split = "unused for files"
+    dataset = prepare(args, tokenizer)
+    whole = [
+        row for row in rows if len(row["messages"]) == 2 and "reasoning_content" not in str(row)
+    ]
+    expected = {tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in whole}
+    found = {}
+    for ids, trained in (dataset[i] for i in range(len(dataset))):
+        assert ids.dtype == np.int32
+        assert trained.dtype == bool
+        found[tokenizer.decode(ids)] = tokenizer.decode(ids[trained])
+    assert expected <= found.keys()
+    for row in whole:
+        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        assert found[text] == row["messages"][1]["content"] + "<|im_end|>"
+
+
+def test_report_adds_up(args, rows, tokenizer):
+    args.max_length, args.max_drop_fraction = 100, 1.0
+    dataset = prepare(args, tokenizer)
+    report = dataset.report
+    dropped = {
+        what: sum(entry["count"] for entry in report[f"{what}_dropped"].values())
+        for what in ("rows", "samples")
+    }
+    assert report["rows_in"] == len(rows) == report["rows_used"] + dropped["rows"]
+    assert report["samples_used"] == len(dataset)
+    assert report["samples_in"] == len(dataset) + dropped["samples"]
+    assert report["samples_in"] > report["rows_in"]  # some conversations were split
+    assert report["tokens_used"] == dataset.lengths.sum()
+    whole = prepare(DataArguments(**{**vars(args), "max_length": 10_000}), tokenizer)
+    assert (
+        report["tokens_in"]
+        == whole.lengths.sum()
+        == report["tokens_used"] + report["tokens_dropped"]
+    )
+    labels = sum(dataset[i][1].sum() for i in range(len(dataset)))
+    assert report["label_tokens"] == labels
+    assert report["supervised_fraction"] == labels / dataset.lengths.sum()
+    assert sum(report["length_histogram"].values()) == len(dataset)
+    longest = np.sort(whole.lengths)[::-1][:10]
+    assert [entry["tokens"] for entry in report["longest"]] == longest.tolist()
+    assert report["length_quantiles"]["p50"] == np.sort(dataset.lengths)[(len(dataset) - 1) // 2]
+    assert report["formats"] == {"messages": 1}
+    assert json.loads(json.dumps(report)) == report
+    assert f"{len(rows):,} = {report['rows_used']:,} used" in report_text(report)
+
+
+def test_truncated_tokens_are_counted(args, tokenizer):
+    whole = prepare(args, tokenizer)
+    args.max_length, args.overlong, args.max_drop_fraction = 60, "truncate", 1.0
+    report = prepare(args, tokenizer).report
+    assert report["tokens_in"] == whole.lengths.sum()
+    assert report["tokens_truncated"] > 0
+    used, cut, lost = (report[f"tokens_{name}"] for name in ("used", "truncated", "dropped"))
+    assert used + cut + lost == report["tokens_in"]
+
+
+def test_histogram_uses_powers_of_two(tmp_path, tokenizer):
+    data = tmp_path / "a.jsonl"
+    lengths = [2, 3, 4, 5, 64, 65]
+    data.write_text("\n".join(json.dumps({"input_ids": list(range(n))}) for n in lengths))
+    args = DataArguments(dataset=[str(data)], data_cache_dir=str(tmp_path / "c"), num_proc=1)
+    report = prepare(args, tokenizer).report
+    assert report["length_histogram"] == {"<=2": 1, "<=4": 2, "<=8": 1, "<=64": 1, "<=128": 1}
+
+
+def test_workers_give_the_same_arrays_and_report(args, tokenizer):
+    alone = prepare(args, tokenizer)
+    args.num_proc, args.data_cache_dir = 2, "cache2"
+    together = prepare(args, tokenizer)
+    for name in ("ids", "trained", "offsets", "rows"):
+        files = [d.folder / f"{name}.npy" for d in (alone, together)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert {**alone.report, "seconds": 0} == {**together.report, "seconds": 0}
+
+
+def test_error_of_a_worker_is_the_error_itself(args, rows, tokenizer):
+    write([*rows[:600], {"messages": []}, *rows[600:], {"messages": "later"}])
+    args.num_proc = 2
+    with pytest.raises(DataError, match=r"^data.jsonl:601: empty conversation"):
+        prepare(args, tokenizer)
+    assert not list(Path("cache").glob("*.partial-*"))
+
+
+@pytest.mark.parametrize("num_proc", [0, -1])
+def test_num_proc_below_one(args, tokenizer, num_proc):
+    args.num_proc = num_proc
+    with pytest.raises(ValueError, match=f"num_proc is {num_proc}; set it to 1"):
+        prepare(args, tokenizer)
+
+
+def test_second_call_reads_the_cache(args, tokenizer, monkeypatch):
+    first = prepare(args, tokenizer)
+    monkeypatch.setattr("qwen3_sft.data._tokenize", lambda *_: pytest.fail("tokenised again"))
+    second = prepare(args, tokenizer)
+    assert second.folder == first.folder
+    assert arrays(second) == arrays(first)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_length": 512},
+        {"overlong": "error"},
+        {"train_on": "all"},
+        {"thinking": "keep"},
+        {"train_empty_think": True},
+        {"max_rows": 5},
+    ],
+)
+def test_options_that_decide_the_tokens_change_the_cache(args, tokenizer, change):
+    first = prepare(args, tokenizer)
+    other = prepare(DataArguments(**{**vars(args), **change}), tokenizer)
+    assert other.folder != first.folder
+
+
+def test_other_options_share_the_cache(args, tokenizer):
+    first = prepare(args, tokenizer)
+    other = {"packing": False, "num_proc": 2, "max_drop_fraction": 0.5, "eval_fraction": 0.1}
+    assert prepare(DataArguments(**{**vars(args), **other}), tokenizer).folder == first.folder
+
+
+def test_content_decides_and_not_time(args, rows, tokenizer):
+    first = prepare(args, tokenizer)
+    os.utime("data.jsonl", (1, 1))
+    assert prepare(args, tokenizer).folder == first.folder
+    # The same size, a little later: the hash must not be taken from memory.
+    data = Path("data.jsonl").read_text()
+    Path("data.jsonl").write_text(data.replace("What", "Whar", 1))
+    changed = prepare(args, tokenizer)
+    assert changed.folder != first.folder
+    assert tokenizer.decode(changed[0][0]) != tokenizer.decode(first[0][0])
+
+
+def test_hashes_of_settled_files_are_remembered(tmp_path):
+    data, memo = tmp_path / "data", tmp_path / "memo.json"
+    data.write_text("one")
+    os.utime(data, (1, 1))
+    hashes = cache_key.FileHashes(memo)
+    digest = hashes(data)
+    hashes.save()
+    known = json.loads(memo.read_text())
+    assert list(known.values()) == [digest]
+    memo.write_text(json.dumps(dict.fromkeys(known, "remembered")))
+    assert cache_key.FileHashes(memo)(data) == "remembered"
+    memo.write_text("{broken")
+    assert cache_key.FileHashes(memo)(data) == digest
+
+
+def test_key_covers_all_code_that_makes_tokens():
+    code = (
+        "import sys, qwen3_sft.tokenize_rows;"
+        "print(*(m for m in sys.modules if m.startswith(('qwen3_sft.', 'torch', 'transformers'))))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = run.stdout.split()
+    assert sorted(module.__name__ for module in cache_key.TOKENISERS) == sorted(imported)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_damaged_cache_is_made_anew(args, tokenizer, damage, caplog):
+    dataset = prepare(args, tokenizer)
+    expected = arrays(dataset)
+    ids = dataset.folder / "ids.npy"
+    if damage == "cut":
+        os.truncate(ids, ids.stat().st_size - 4)
+    else:
+        ids.unlink()
+    assert arrays(prepare(args, tokenizer)) == expected
+    assert "is damaged" in caplog.text
+
+
+def test_dropped_share_is_checked_for_a_cached_set_too(args, rows, tokenizer):
+    args.max_length = 100
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"more than max_drop_fraction 1\.00%"):
+            prepare(args, tokenizer)
+    args.max_drop_fraction = 1.0
+    assert len(prepare(args, tokenizer))
+
+
+def _prepare_and_log(args, tokenizer, log: Path) -> None:
+    logging.basicConfig(filename=log, level=logging.INFO)
+    prepare(args, tokenizer)
+
+
+def test_another_process_waits_for_the_first_and_says_so(args, tokenizer):
+    folder = prepare(args, tokenizer).folder
+    os.rename(folder, "hidden")
+    log = Path("log")
+    process = multiprocessing.get_context("spawn").Process(
+        target=_prepare_and_log, args=(args, tokenizer, log)
+    )
+    with FileLock(Path("cache", f"{folder.name}.lock")):
+        process.start()
+        deadline = time.monotonic() + 60
+        while not log.exists() or "another process prepares the data" not in log.read_text():
+            assert process.is_alive(), "it did not wait"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.rename("hidden", folder)  # the holder of the lock publishes its cache
+        made = folder.stat().st_ino
+    process.join(timeout=60)
+    assert process.exitcode == 0
+    assert f"{NUM_ROWS} = {NUM_ROWS} used" in log.read_text()
+    assert folder.stat().st_ino == made  # it was read, not made again
+
+
+def test_refuses_to_run_inside_a_process_group(args, tokenizer, tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="call it before TrainingArguments"):
+            prepare(args, tokenizer)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_customised_template_is_found(args, tokenizer, caplog):
+    changed = pickle.loads(pickle.dumps(tokenizer))
+    changed.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|im_end|> ")
+    with pytest.raises(DataError, match="template differs from qwen3 at character"):
+        prepare(args, changed)
+    args.chat_format = "qwen3"
+    assert len(prepare(args, changed))
+    assert "training on qwen3 as told, but the tokenizer's chat template differs" in caplog.text
+
+
+def test_tokenizer_without_a_template(args, tokenizer):
+    bare = pickle.loads(pickle.dumps(tokenizer))
+    bare.chat_template = None
+    with pytest.raises(DataError, match=r"data.jsonl:1: cannot render it: .*set --chat_format"):
+        prepare(args, bare)
+    write([{"text": "only plain text"}])
+    ids, trained = prepare(args, bare)[0]
+    assert tokenizer.decode(ids) == "only plain text<|im_end|>"
+    assert trained.tolist() == [False] + [True] * (len(ids) - 1)
+
+
+def test_eval_data(args, rows, tokenizer):
+    Path("eval.jsonl").write_text(json.dumps(rows[5]))
+    args.eval_dataset = ["eval.jsonl"]
+    assert prepare(args, tokenizer, eval=True).report["files"] == ["eval.jsonl"]
+
+
+def test_one_format_per_file_but_several_per_run(args, rows, tokenizer):
+    Path("text.jsonl").write_text(json.dumps({"text": "some words"}))
+    Path("empty.jsonl").touch()
+    args.dataset += ["text.jsonl", "empty.jsonl"]
+    report = prepare(args, tokenizer).report
+    assert report["formats"] == {"messages": 1, "text": 1}
+    assert report["warnings"]["source without rows"] == {"count": 1, "first": "empty.jsonl"}
+
+
+def test_pickle_carries_no_tokens(args, tokenizer):
+    dataset = prepare(args, tokenizer)
+    data = pickle.dumps(dataset)
+    assert len(data) < 500
+    assert arrays(pickle.loads(data)) == arrays(dataset)
+
+
+def test_loader_with_workers_gives_the_same_batches(args, tokenizer):
+    rows = PackedDataset(prepare(args, tokenizer), 1024, seed=1, rows_multiple_of=4)
+    rows.set_epoch(3)
+    collate = PackedCollator(1024, tokenizer.pad_token_id)
+    loaders = [
+        DataLoader(
+            rows, batch_size=2, collate_fn=collate, num_workers=n, multiprocessing_context=context
+        )
+        for n, context in ((0, None), (1, "spawn"))
+    ]
+    batches = list(zip(*loaders, strict=True))
+    assert len(batches) == len(rows) // 2
+    for here, there in batches:
+        assert here["stats"] == there["stats"]
+        for name, value in here.items():
+            if name != "stats":
+                assert np.array_equal(value, there[name]), name
+    assert sum(here["stats"].tokens for here, _ in batches) == rows.tokens.lengths.sum()
+    assert (
+        sum(here["stats"].label_tokens for here, _ in batches) == rows.tokens.report["label_tokens"]
+    )
+
+
+def test_split_keeps_rows_whole_and_repeats(args, tokenizer):
+    dataset = prepare(args, tokenizer)
+    train, held_out = dataset.split(0.1, seed=1)
+    assert len(train) + len(held_out) == len(dataset)
+    assert not set(train._rows) & set(held_out._rows)
+    assert len(set(held_out._rows)) == 70
+    assert sorted(arrays(train) + arrays(held_out)) == sorted(arrays(dataset))
+    again = dataset.split(0.1, seed=1)[1]
+    assert arrays(again) == arrays(held_out) != arrays(dataset.split(0.1, seed=2)[1])
+    assert arrays(pickle.loads(pickle.dumps(held_out))) == arrays(held_out)
+    nested = held_out.split(0.5, seed=0)
+    assert sorted(arrays(nested[0]) + arrays(nested[1])) == sorted(arrays(held_out))
+
+
+def test_split_is_never_empty(args, rows, tokenizer):
+    args.max_rows = 3
+    dataset = prepare(args, tokenizer)
+    with pytest.raises(DataError, match=r"eval_fraction 0\.1 of 3 rows leaves 0"):
+        dataset.split(0.1, seed=0)
+    for fraction in (0, 0.6, -1):
+        with pytest.raises(ValueError, match=r"above 0 and up to 0\.5"):
+            dataset.split(fraction, seed=0)

@@ -1,0 +1,142 @@
+import json
+import math
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from qwen3_sft.metrics import KEYS
+from qwen3_sft.trainer import NonFiniteError
+from tests.oracle import assert_close
+from tests.training import Documents, make_trainer, nll_sum, weights
+
+SGD = {"optim": "sgd", "learning_rate": 1.0}
+
+
+def test_step_equals_plain_torch_on_separate_documents(tiny_moe, tokenizer, tmp_path):
+    documents = Documents(6, len(tokenizer))
+    trainer = make_trainer(
+        tiny_moe, tokenizer, tmp_path, documents=documents, max_steps=1,
+        gradient_accumulation_steps=4, **SGD,
+    )  # fmt: skip
+    gradients = {}
+
+    class _Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            gradients.update({n: p.grad.clone() for n, p in model.named_parameters()})
+
+    trainer.add_callback(_Gradients())
+    trainer.train()
+    total, count = nll_sum(tiny_moe, documents)
+    (total / count).backward()
+    for name, parameter in tiny_moe.named_parameters():
+        assert_close(gradients[name], parameter.grad, name=name)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx((total / count).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("aux", [0.0, 0.1])
+def test_accumulation_and_micro_batch_size_do_not_matter(tiny_moe, tokenizer, tmp_path, aux):
+    results = []
+    for batch, accumulate in ((1, 4), (2, 2), (4, 1)):
+        trainer = make_trainer(
+            tiny_moe, tokenizer, tmp_path / f"{batch}", aux=aux, max_steps=3,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, **SGD,
+        )  # fmt: skip
+        trainer.train()
+        results.append((trainer.state.log_history[:3], weights(trainer.model)))
+    (logs, reference), *others = results
+    for other_logs, other in others:
+        for a, b in zip(logs, other_logs, strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+            assert b["aux_loss"] == pytest.approx(a["aux_loss"], rel=1e-5)
+        for name, tensor in reference.items():
+            assert_close(other[name], tensor, name=name, rms=1e-5)
+
+
+def test_aux_coefficient_changes_the_router_only_when_set(tiny_moe, tokenizer, tmp_path):
+    routers = []
+    for aux in (0.0, 1.0):
+        trainer = make_trainer(tiny_moe, tokenizer, tmp_path, aux=aux, max_steps=1, **SGD)
+        trainer.train()
+        routers.append(weights(trainer.model)["model.layers.0.mlp.gate.weight"])
+    assert not torch.equal(*routers)
+
+
+class _Poison(TrainerCallback):
+    """Multiply one gradient by NaN in the steps given, as an overflow would."""
+
+    def __init__(self, parameter, steps):
+        self.steps, self.now = steps, 0
+        parameter.register_hook(lambda g: g * math.nan if self.now in self.steps else g)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now = state.global_step + 1
+
+
+def test_non_finite_step_is_skipped_and_counted(tiny_moe, tokenizer, tmp_path):
+    trainer = make_trainer(tiny_moe, tokenizer, tmp_path, max_steps=4, max_grad_norm=1.0)
+    trainer.add_callback(_Poison(trainer.model.lm_head.weight, {2}))
+    snapshots = {}
+
+    class _Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            snapshots[state.global_step] = weights(model)
+
+    trainer.add_callback(_Watch())
+    trainer.train()
+    for name, tensor in snapshots[1].items():
+        assert torch.equal(tensor, snapshots[2][name]), name
+    assert not torch.equal(snapshots[2]["lm_head.weight"], snapshots[3]["lm_head.weight"])
+    assert all(torch.isfinite(t).all() for t in weights(trainer.model).values())
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [r["skipped_steps"] for r in records] == [0, 1, 1, 1]
+    assert records[1]["grad_norm"] == "nan"
+
+
+def test_three_bad_steps_in_a_row_stop_the_run(tiny_moe, tokenizer, tmp_path):
+    trainer = make_trainer(tiny_moe, tokenizer, tmp_path, max_steps=9)
+    trainer.add_callback(_Poison(trainer.model.lm_head.weight, {3, 4, 5, 6}))
+    with pytest.raises(NonFiniteError, match=r"steps 3 to 5 .*--max_bad_steps"):
+        trainer.train()
+    assert all(torch.isfinite(t).all() for t in weights(trainer.model).values())
+
+
+def test_evaluation_is_exact_per_token(tiny_moe, tokenizer, tmp_path):
+    held_out = Documents(7, len(tokenizer), seed=5)
+    trainer = make_trainer(
+        tiny_moe, tokenizer, tmp_path, eval_documents=held_out, per_device_eval_batch_size=2
+    )
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        total, count = nll_sum(tiny_moe, held_out)
+    assert metrics["eval_label_tokens"] == count
+    assert metrics["eval_loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    assert trainer.model.training
+
+
+def test_metrics_file_has_the_contracted_keys(tiny_moe, tokenizer, tmp_path):
+    documents = Documents(10, len(tokenizer))
+    trainer = make_trainer(tiny_moe, tokenizer, tmp_path, documents=documents, num_train_epochs=1)
+    trainer.train()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert all(tuple(record) == KEYS for record in records)
+    assert [r["step"] for r in records] == list(range(1, trainer.state.max_steps + 1))
+    assert sum(r["tokens"] for r in records) == documents.lengths.sum()
+    assert all(r["mfu"] is None and r["model_tflops_per_gpu"] > 0 for r in records)
+    assert all(1 <= r["expert_load_max_over_mean"] <= 8 for r in records)
+
+
+def test_epochs_use_every_document_once_in_another_order(tiny_moe, tokenizer, tmp_path):
+    documents = Documents(10, len(tokenizer))
+    trainer = make_trainer(tiny_moe, tokenizer, tmp_path, documents=documents, num_train_epochs=3)
+    orders = []
+
+    class _Orders(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            rows = trainer.train_dataset
+            orders.append([i for r in range(len(rows)) for i in rows.documents_of(r).tolist()])
+
+    trainer.add_callback(_Orders())
+    trainer.train()
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
