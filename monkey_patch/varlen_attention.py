@@ -110,24 +110,19 @@ def mask_function(
     q_length: int,
     kv_length: int,
     attention_mask: torch.Tensor | None = None,
-    allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """Return what sdpa needs, but no mask for a packed row; `attention_forward` isolates that.
+    """Return sdpa's mask, except for a whole row without padding, which needs none.
 
-    Transformers disallows the causal shortcut for a row whose position_ids restart. A padding mask
-    that hides tokens does become a mask, so that it is never dropped in silence.
+    Such a row is causal, or packed and isolated by `attention_forward`. A padding mask that hides
+    tokens does become a mask, so that it is never dropped in silence.
     """
     from transformers.masking_utils import sdpa_mask
 
-    if attention_mask is None and not allow_is_causal_skip and q_length == kv_length:
+    if attention_mask is None and q_length == kv_length:
         return None
     return sdpa_mask(
-        q_length=q_length,
-        kv_length=kv_length,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip,
-        **kwargs,
+        q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs
     )
 
 

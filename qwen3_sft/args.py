@@ -22,6 +22,9 @@ class DataArguments:
         default_factory=list,
         metadata={"help": "files, folders or hub ids; `demo` is the built-in data"},
     )
+    dataset_format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"
+    ] = field(default="auto", metadata={"help": "auto reads it off the columns of each file"})
     dataset_split: str = field(default="train", metadata={"help": "split of a hub dataset"})
     dataset_config: str | None = field(
         default=None, metadata={"help": "configuration name of a hub dataset"}
@@ -62,13 +65,18 @@ class DataArguments:
         metadata={"help": "put labels on an empty <think></think> block too"},
     )
     chat_format: Literal[
-        "auto", "qwen3", "qwen3_instruct_2507", "qwen3_thinking_2507", "qwen3_coder"
+        "auto",
+        "qwen3",
+        "qwen3_instruct_2507",
+        "qwen3_thinking_2507",
+        "qwen3_coder",
+        "qwen3_coder_tools",
     ] = field(default="auto", metadata={"help": "auto reads it off the tokenizer's chat template"})
     max_drop_fraction: float = field(
         default=0.01, metadata={"help": "more dropped rows than this share is an error"}
     )
     num_proc: int | None = field(
-        default=None, metadata={"help": "processes that tokenise; default: one per core"}
+        default=None, metadata={"help": "processes that tokenise; default: one per core if large"}
     )
     data_cache_dir: str | None = field(
         default=None,

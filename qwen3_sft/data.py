@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SMALL_BYTES = 32 << 20
+_MOST_PROCESSES = 32
 _CHECKED_ROWS = 100  # whose text is compared with the tokenizer's own chat template
 
 
@@ -137,6 +139,7 @@ def _key(
         {
             "sources": describe_all(sources, FileHashes(cache / "file_hashes.json")),
             "max_rows": args.max_rows,
+            "dataset_format": args.dataset_format,
             "options": {name: getattr(options, name) for name in options.__slots__},
             "chat_template": text_hash(_chat_template(tokenizer) or ""),
             "tokenizer": text_hash(tokenizer.backend_tokenizer.to_str()),
@@ -211,13 +214,13 @@ def _tokenize(
 ) -> dict[str, Any]:
     """Write the tokens of all rows; return the report."""
     counts, formats, lengths = Counts(), Counter[str](), []
-    rows = raw_rows(sources, args.max_rows, counts.warnings, formats)
+    rows = raw_rows(sources, args, counts.warnings, formats)
     first = list(islice(rows, _CHECKED_ROWS))
     _check_template(first, options, tokenizer, is_explicit=args.chat_format != "auto")
     chunks = tokenize_chunks(
         RowTokenizer(Encoder(tokenizer), options),
         chain(first, rows),
-        num_proc=len(os.sched_getaffinity(0)) if args.num_proc is None else args.num_proc,
+        num_proc=_num_proc(args, sources),
     )
     with tqdm(desc="tokenising", unit=" rows", delay=2) as progress:
         for chunk in chunks:
@@ -228,6 +231,17 @@ def _tokenize(
         **report_origin(sources, formats, options),
         **make_report(counts, np.concatenate([*lengths, np.empty(0, np.int64)])),
     }
+
+
+def _num_proc(args: DataArguments, sources: list[RowSource]) -> int:
+    """Return what was asked for, else as many processes as cores once their start pays off."""
+    if args.num_proc is not None:
+        return args.num_proc
+    files = [Path(source.name) for source in sources]
+    are_local = all(file.is_file() for file in files)
+    if are_local and sum(file.stat().st_size for file in files) < _SMALL_BYTES:
+        return 1  # the tokenizer's own threads are done before a process has started
+    return min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
 
 
 def _append(writer: TokenWriter, samples: list[TokenizedSample]) -> np.ndarray:

@@ -57,16 +57,24 @@ _ACCEPTED = (
 _RENDERED = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
 
 
-def detect_format(columns: Collection[str], location: str) -> Format:
+def detect_format(columns: Collection[str], location: str, wanted: Format | None = None) -> Format:
     """Return the format of a row with these columns.
 
     Args:
         columns: the row's keys; columns that belong to no format are ignored.
         location: where the row stands, for the error message.
+        wanted: the user's choice among several that fit.
 
     Raises:
-        DataError: when no format fits, or more than one.
+        DataError: when no format fits, the wanted one does not, or more than one does.
     """
+    if wanted is not None:
+        if missing := _REQUIRED[wanted] - set(columns):
+            raise DataError(
+                f"{location}: --dataset_format {wanted} needs the column {', '.join(missing)}; "
+                f"found {sorted(columns)}"
+            )
+        return wanted
     found = [name for name in get_args(Format) if _REQUIRED[name] <= set(columns)]
     if len(found) == 1:
         return found[0]
@@ -76,7 +84,8 @@ def detect_format(columns: Collection[str], location: str) -> Format:
         )
     named = " and ".join("+".join(sorted(_REQUIRED[name])) for name in found)
     raise DataError(
-        f"{location}: columns {named} could each be the data; keep one, remove the others"
+        f"{location}: columns {named} could each be the data; choose with --dataset_format "
+        f"{' or '.join(found)}, or keep only one of them"
     )
 
 

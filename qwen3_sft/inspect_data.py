@@ -54,7 +54,7 @@ def inspect(
     sources = find_sources(args)
     tokenize = RowTokenizer(Encoder(tokenizer), tokenize_options(args, tokenizer))
     counts, formats, lengths, shown = Counts(), Counter[str](), [], 0
-    rows = raw_rows(sources, args.max_rows, counts.warnings, formats)
+    rows = raw_rows(sources, args, counts.warnings, formats)
     while shown < n and (row := next(rows, None)) is not None:
         result = tokenize([row])
         counts.merge(result.counts)

@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen3_sft.formats import Format, detect_format, require_format
 from qwen3_sft.readers import RowSource
 from qwen3_sft.tally import Tally
+
+if TYPE_CHECKING:
+    from qwen3_sft.args import DataArguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,30 +28,31 @@ class RawRow:
 
 
 def raw_rows(
-    sources: list[RowSource], max_rows: int | None, warnings: Tally, formats: Counter[str]
+    sources: list[RowSource], args: DataArguments, warnings: Tally, formats: Counter[str]
 ) -> Iterator[RawRow]:
     """Read rows and recognise their format, one format per source.
 
     Args:
         sources: read in order.
-        max_rows: over all sources.
+        args: `max_rows` over all sources, and the `dataset_format` where several would fit.
         warnings: receives what readers skip and sources that are empty.
         formats: receives one count per source and format.
 
     Raises:
         DataError: for a row of an unknown format, or of another than its file's first.
     """
-    rows = chain.from_iterable(_rows_of(source, warnings, formats) for source in sources)
-    for number, fields in enumerate(islice(rows, max_rows)):
+    wanted = None if args.dataset_format == "auto" else args.dataset_format
+    rows = chain.from_iterable(_rows_of(source, wanted, warnings, formats) for source in sources)
+    for number, fields in enumerate(islice(rows, args.max_rows)):
         yield RawRow(number, *fields)
 
 
 def _rows_of(
-    source: RowSource, warnings: Tally, formats: Counter[str]
+    source: RowSource, wanted: Format | None, warnings: Tally, formats: Counter[str]
 ) -> Iterator[tuple[str, dict[str, Any], Format, bool]]:
     source_format = None
     for location, content in source.rows(warnings):
-        fmt = detect_format(content, location)
+        fmt = detect_format(content, location, wanted)
         if source_format is None:
             source_format = fmt
             formats[fmt] += 1

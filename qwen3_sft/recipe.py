@@ -165,5 +165,9 @@ def _check(options: Options) -> None:
         raise UsageError(f"--eval_fraction {options.data.eval_fraction}: must be 0 to 0.5")
     if options.data.eval_fraction and options.data.eval_dataset:
         raise UsageError("--eval_fraction and --eval_dataset are both set: choose one")
+    for name in ("num_proc", "max_rows"):
+        value = getattr(options.data, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: must be at least 1")
     if options.data.max_length < 8:
         raise UsageError(f"--max_length {options.data.max_length}: must be at least 8")

@@ -60,7 +60,7 @@ def test_formats_are_read_off_the_columns(columns, expected):
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"messages", "input_ids"}, ["messages", "input_ids", "keep one"]),
+        ({"messages", "input_ids"}, ["messages", "input_ids", "--dataset_format"]),
         ({"text", "instruction", "output"}, ["instruction+output", "text"]),
         ({"prompt", "answer"}, ["'answer'", "'prompt'", "accepted", "conversations"]),
         (set(), ["accepted"]),
@@ -222,3 +222,12 @@ def test_reasoning_content_is_reasoning():
     message = parse(answer(content="x", reasoning_content="why"))[0].messages[1]
     assert (message.reasoning, message.content) == ("why", "x")
     assert parse(answer(content="x", reasoning_content=" "))[0].messages[1].reasoning is None
+
+
+def test_the_wanted_format_decides_between_several():
+    columns = {"instruction", "input", "output", "text"}
+    with pytest.raises(DataError, match=r"a:1: .*--dataset_format alpaca or text"):
+        detect_format(columns, "a:1")
+    assert detect_format(columns, "a:1", "alpaca") == "alpaca"
+    with pytest.raises(DataError, match=r"a:1: --dataset_format messages needs .* messages"):
+        detect_format(columns, "a:1", "messages")

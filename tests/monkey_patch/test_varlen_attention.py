@@ -96,6 +96,15 @@ def test_generates_the_same_as_sdpa_from_a_padded_batch(model, unpatched, packed
     assert_close(torch.stack(out.logits), torch.stack(expected.logits), rms=1e-6)
 
 
+def test_several_tokens_on_top_of_a_cache_equal_sdpa(model, unpatched, packed):
+    apply_patches(model, ["varlen_attention"])
+    outs = []
+    for m in (model, unpatched):
+        cache = m(packed.ids[:, :20], use_cache=True).past_key_values
+        outs.append(m(packed.ids[:, 20:27], past_key_values=cache).logits)
+    assert_close(outs[0], outs[1], rms=1e-6)
+
+
 def test_a_padded_training_batch_equals_sdpa(model, unpatched, packed):
     apply_patches(model, ["varlen_attention"])
     ids = packed.ids[:, :24].reshape(2, 12)

@@ -74,7 +74,7 @@ def _grouped(
     ends_E = torch.searchsorted(expert_N, experts_E, right=True, out_int32=True)
     is_tail_N1 = (expert_N >= num_experts)[:, None]
 
-    rows_ND = x_TD[order_N // top_k]
+    rows_ND = x_TD[order_N // top_k].masked_fill(is_tail_N1, 0)
     hidden_N2F = F.grouped_mm(rows_ND, gate_up_proj_E2FD.transpose(1, 2), offs=ends_E)
     gate_NF, up_NF = hidden_N2F.chunk(2, dim=-1)
     y_ND = F.grouped_mm(F.silu(gate_NF) * up_NF, down_proj_EDF.transpose(1, 2), offs=ends_E)

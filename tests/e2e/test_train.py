@@ -1,0 +1,205 @@
+import json
+import sys
+
+import pytest
+import safetensors.torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from qwen3_sft.demo_model import write_checkpoint
+from qwen3_sft.metrics import KEYS
+from tests.commands import cli, metrics, run, succeeds
+
+pytestmark = pytest.mark.e2e
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
+
+
+def long_alpaca(folder):
+    rows = [
+        {
+            "instruction": f"Name number {i}.",
+            "input": "" if i % 2 else "In digits.",
+            "output": f"{i}",
+        }
+        for i in range(30)
+    ]
+    (folder / "long_alpaca.json").write_text(json.dumps(rows, indent=2))
+    return folder / "long_alpaca.json", "0<|im_end|>"
+
+
+def sharegpt(folder):
+    rows = [
+        {"id": i, "conversations": [
+            {"from": "system", "value": "Be brief."},
+            {"from": "human", "value": f"Say {i}."}, {"from": "gpt", "value": f"{i}!"},
+            {"from": "human", "value": "Again."}, {"from": "gpt", "value": f"{i}!!"},
+        ]}
+        for i in range(30)
+    ]  # fmt: skip
+    (folder / "share.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "share.jsonl", "0!!<|im_end|>"
+
+
+def tools(folder):
+    rows = [
+        {"tools": [WEATHER], "messages": [
+            {"role": "user", "content": f"Weather in Ulm, day {i}?"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "content": f"sunny, {i} degrees"},
+            {"role": "assistant", "content": f"Sunny with {i} degrees."},
+        ]}
+        for i in range(30)
+    ]  # fmt: skip
+    (folder / "tools.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call><|im_end|>'
+    return folder / "tools.jsonl", call
+
+
+@pytest.fixture
+def base(tokenizer, tmp_path):
+    write_checkpoint(tmp_path / "base", tokenizer)
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("make", [long_alpaca, sharegpt, tools])
+def test_inspect_and_train_what_users_bring(make, base, tmp_path):
+    data, expected = make(tmp_path)
+    where = ("--model_name_or_path", base, "--dataset", data)
+    shown = succeeds(cli("data", "inspect", *where, "-n", 2, "--format", "json"))
+    samples = [json.loads(line) for line in shown.splitlines()]
+    assert len(samples) == 2
+    assert expected in samples[0]["trained"]
+    for sample in samples:
+        assert len(sample["input_ids"]) == len(sample["labels"])
+        pairs = zip(sample["input_ids"], sample["labels"], strict=True)
+        assert all(label in (token, -100) for token, label in pairs)
+
+    out = tmp_path / "run"
+    train = (
+        "train", *where, "--output_dir", out, "--max_length", 512, "--num_train_epochs", 4,
+        "--learning_rate", "1e-2", "--data_cache_dir", tmp_path / "cache", "--save_steps", 100,
+    )  # fmt: skip
+    succeeds(cli(*train))
+    records = metrics(out)
+    assert tuple(records[0]) == KEYS
+    assert records[-1]["loss"] < records[0]["loss"]
+    report = json.loads((out / "data_report.json").read_text())
+    assert report["rows_in"] == report["rows_used"] == 30
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["patches"].keys() == {
+        "scatter_moe", "varlen_attention", "router_aux_loss", "linear_cross_entropy",
+    }  # fmt: skip
+    exported = safetensors.torch.load_file(out / "model" / "model.safetensors")
+    assert exported.keys() == safetensors.torch.load_file(base / "model.safetensors").keys()
+    AutoModelForCausalLM.from_pretrained(out / "model")
+
+    # the resolved config is a recipe; a finished run is not touched
+    assert yaml.safe_load((out / "config.yaml").read_text())["max_length"] == 512
+    before = (out / "metrics.jsonl").read_bytes()
+    again = succeeds(cli("train", "--config", out / "config.yaml"))
+    assert "finished run" in again
+    assert "--output_dir" in again
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_killed_run_resumes_to_the_same_weights(base, tmp_path):
+    data, _ = sharegpt(tmp_path)
+    common = (
+        "--model_name_or_path", base, "--dataset", data, "--max_length", 256, "--max_steps", 8,
+        "--learning_rate", "1e-2", "--save_steps", 4, "--eval_fraction", 0.2,
+        "--data_cache_dir", tmp_path / "cache",
+    )  # fmt: skip
+    succeeds(cli("train", *common, "--output_dir", tmp_path / "whole"))
+    # A run that stops at step 4: the same schedule, ended by a signal after its checkpoint.
+    killer = (
+        "import os, signal, sys; from transformers import TrainerCallback; "
+        "import qwen3_sft.build as b; from qwen3_sft.run import run_command; "
+        "K = type('K', (TrainerCallback,), {'on_step_end': lambda self, a, s, c, **k: "
+        "os.kill(os.getpid(), signal.SIGKILL) if s.global_step == 6 else None}); "
+        "callbacks = b._callbacks; b._callbacks = lambda *a: [*callbacks(*a), K()]; "
+        "sys.exit(run_command(sys.argv[1:]))"
+    )
+    out = tmp_path / "killed"
+    assert run(sys.executable, "-c", killer, *common, "--output_dir", out).returncode == -9
+    assert [r["step"] for r in metrics(out)] == [1, 2, 3, 4, 5]
+    text = succeeds(cli("train", *common, "--output_dir", out))
+    assert f"resuming from {out / 'checkpoint-4'}" in text
+    compared = ("loss", "grad_norm", "tokens", "learning_rate", "aux_loss")
+    assert [[r[k] for k in compared] for r in metrics(out)] == [
+        [r[k] for k in compared] for r in metrics(tmp_path / "whole")
+    ]
+    weights = "model/model.safetensors"
+    assert (out / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+def test_mistakes_end_with_code_2_and_say_where(base, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    data.write_text(json.dumps(good) + '\n{"messages": [{"role": "Assistant", "content": "x"}]}\n')
+    where = ("--model_name_or_path", base, "--dataset", data, "--output_dir", tmp_path / "run")
+    result = cli("train", *where, "--data_cache_dir", tmp_path / "cache")
+    assert result.returncode == 2
+    assert f"{data}:2" in result.stdout
+    assert "Assistant" in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
+    for arguments, named in (
+        (("--modle", "x"), "--model_name_or_path"),
+        (("--resume", tmp_path / "absent", *where), "--resume"),
+        (("--deepspeed", "x.json", "--max_rows", 1, *where), "not available yet"),
+        (("--early_stopping_patience", 2, "--max_rows", 1, *where), "--load_best_model_at_end"),
+    ):
+        result = cli("train", *arguments, "--data_cache_dir", tmp_path / "cache")
+        assert result.returncode == 2, result.stdout
+        assert named in result.stdout
+
+
+def test_resume_never_refuses_a_used_folder(base, tmp_path):
+    data, _ = sharegpt(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").touch()
+    result = cli(
+        "train", "--model_name_or_path", base, "--dataset", data, "--output_dir", tmp_path / "run",
+        "--resume", "never",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "precious.txt" in result.stdout
+
+
+def test_accelerate_launch_equals_the_command(base, tmp_path):
+    data, _ = sharegpt(tmp_path)
+    common = (
+        "--model_name_or_path", base, "--dataset", data, "--max_length", 256, "--max_steps", 2,
+        "--data_cache_dir", tmp_path / "cache", "--save_strategy", "no",
+    )  # fmt: skip
+    succeeds(cli("train", *common, "--output_dir", tmp_path / "a"))
+    succeeds(
+        run(
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+            "config/single.json", "-m", "qwen3_sft.train", *common, "--output_dir", tmp_path / "b",
+        )
+    )  # fmt: skip
+    weights = "model/model.safetensors"
+    assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "b" / weights).read_bytes()
+
+
+def test_export_of_a_checkpoint(base, tmp_path):
+    data, _ = sharegpt(tmp_path)
+    succeeds(
+        cli(
+            "train", "--model_name_or_path", base, "--dataset", data, "--max_length", 256,
+            "--max_steps", 2, "--data_cache_dir", tmp_path / "cache", "--output_dir",
+            tmp_path / "run", "--save_steps", 2,
+        )
+    )  # fmt: skip
+    succeeds(cli("export", tmp_path / "run" / "checkpoint-2", tmp_path / "out"))
+    tensors = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(t.dtype) for t in tensors.values()} == {"torch.bfloat16"}
