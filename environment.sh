@@ -8,7 +8,8 @@
 # only after a "y" at the prompt, or when QWEN3_SFT_INSTALL=1 says so beforehand. Without one, .venv
 # is made beside this file.
 
-QWEN3_SFT_HOME="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# With CDPATH set, `cd folder` may go elsewhere and prints where.
+QWEN3_SFT_HOME="$(unset CDPATH && cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 
 _say() { printf '%s\n' "[qwen3-sft] $*" >&2; }
 
@@ -27,18 +28,22 @@ _install() { # PYTHON EXTRA
 _find_python() {
   local candidate
   for candidate in ${PYTHON:+"$PYTHON"} python3 python3.12 python3.11 python; do
-    if "$candidate" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
       command -v "$candidate"
       return
     fi
   done
-  _say "no Python 3.11, 3.12 or 3.13 with the venv module found; install one or set PYTHON=/path/to/python"
+  _say "no Python 3.11, 3.12 or 3.13 with the venv module found (Debian and Ubuntu: apt install python3-venv); install one or set PYTHON=/path/to/python"
   return 2
 }
 
 _use_active() { # EXTRA
   local where="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" answer=n
-  QWEN3_SFT_PYTHON="$(command -v python)"
+  QWEN3_SFT_PYTHON="$where/bin/python"
+  if [ ! -x "$QWEN3_SFT_PYTHON" ]; then
+    _say "$where is said to be active (VIRTUAL_ENV or CONDA_PREFIX) but has no bin/python; unset that variable"
+    return 2
+  fi
   _installed "$QWEN3_SFT_PYTHON" "$1" && return
   if [ "${QWEN3_SFT_INSTALL:-0}" = 1 ]; then
     answer=y
@@ -62,10 +67,11 @@ _use_own() { # EXTRA
   if [ -x "$QWEN3_SFT_PYTHON" ] && [ "$(cat "$ready" 2>/dev/null)" = "$wanted" ]; then
     return
   fi
-  if [ ! -x "$QWEN3_SFT_PYTHON" ]; then
+  # Without pip it was left half made: interrupted, or by a Python that lacks ensurepip.
+  if ! "$QWEN3_SFT_PYTHON" -m pip --version >/dev/null 2>&1; then
     python="$(_find_python)" || return 2
     _say "making an environment in $venv with $("$python" --version)"
-    "$python" -m venv "$venv"
+    "$python" -m venv --clear "$venv"
   fi
   _say "installing the tested versions (constraints.txt); on a fast network this takes a minute or two"
   _install "$QWEN3_SFT_PYTHON" "$1"

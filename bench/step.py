@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace, experts: str) -> dict[str, Any]:
     }
 
 
-def build_model(options: argparse.Namespace, args: TrainArguments, experts: str) -> tuple[Any, str]:
+def build_model(options: argparse.Namespace, args: TrainArguments, experts: Any) -> tuple[Any, str]:
     """Return a patched model with random weights on the device, and its attention."""
     sizes = dict(KNOWN_CONFIGS["Qwen/Qwen3-30B-A3B"])
     config = tiny_config() if options.model == "demo" else Qwen3MoeConfig(**sizes)

@@ -130,9 +130,10 @@ def plan(model: nn.Module) -> Iterator[Replacement]:
         if type(module).__name__ not in _CLASSES:
             continue
         where = name or type(module).__name__
-        if problem := _unsupported(module.lm_head):
+        head: Any = module.lm_head
+        if problem := _unsupported(head):
             raise PatchError(f"patch {NAME!r}: {where}.lm_head {problem}")
-        yield Replacement(module, "lm_head", LinearCrossEntropyHead.share(module.lm_head), where)
+        yield Replacement(module, "lm_head", LinearCrossEntropyHead.share(head), where)
         yield Replacement(module, "forward", LabelledForward(module), where)
 
 

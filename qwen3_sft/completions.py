@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Prompt:
 
 
 def pick_prompts(
-    samples: TokenSamples, tokenizer: PreTrainedTokenizerBase, number: int, max_length: int
+    samples: TokenSamples, tokenizer: Any, number: int, max_length: int
 ) -> list[Prompt]:
     """Return up to `number` prompts, spread evenly over the samples."""
     prompts = []
@@ -54,7 +54,7 @@ def pick_prompts(
         prompts.append(
             Prompt(
                 ids=ids[:start].tolist(),
-                text=_question(tokenizer.decode(ids[:start])),
+                text=_question(str(tokenizer.decode(ids[:start]))),
                 reference=tokenizer.decode(ids[start:end], skip_special_tokens=True).strip(),
             )
         )
@@ -69,8 +69,8 @@ def _question(prompt: str) -> str:
 
 @torch.no_grad()
 def complete(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Any,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
 ) -> list[str]:
@@ -97,7 +97,7 @@ class CompletionCallback(TrainerCallback):
         self,
         path: Path,
         prompts: Sequence[Prompt],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         max_new_tokens: int,
     ) -> None:
         """Remember what to ask; `trainer` is set by the caller once it exists."""

@@ -3,7 +3,7 @@
 Every public function, class and method with a docstring becomes one conversation: "What does
 `textwrap.dedent` do?", answered by the first paragraph of its documentation. Where there
 is a second paragraph, a second question asks for it; every seventh answer comes after some
-reasoning; "How do I call it?" is answered with the signature.
+reasoning.
 """
 
 from __future__ import annotations
@@ -59,13 +59,6 @@ def conversations() -> Iterator[dict[str, Any]]:
                 {"role": "assistant", "content": more[0]},
             ]
         yield {"messages": messages}
-        if item.signature:
-            yield {
-                "messages": [
-                    {"role": "user", "content": f"How do I call `{item.name}`?"},
-                    {"role": "assistant", "content": f"`{item.name}{item.signature}`"},
-                ]
-            }
 
 
 def write_conversations(path: Path) -> int:
@@ -79,7 +72,6 @@ def write_conversations(path: Path) -> int:
 class _Documented:
     name: str
     kind: str
-    signature: str
     paragraphs: list[str]
 
 
@@ -92,7 +84,7 @@ def _documented_objects() -> Iterator[_Documented]:
             paragraphs = _paragraphs(inspect.getdoc(member))
             if paragraphs and paragraphs[0] not in seen:
                 seen.add(paragraphs[0])
-                yield _Documented(name, kind, _signature(member), paragraphs)
+                yield _Documented(name, kind, paragraphs)
 
 
 def _members(module: ModuleType) -> Iterator[tuple[str, str, object]]:
@@ -119,11 +111,3 @@ def _paragraphs(documentation: str | None) -> list[str]:
         paragraphs.append(text)
     return paragraphs
 
-
-def _signature(member: object) -> str:
-    """Return `(a, b=1)`, or "" where there is none or it names a memory address."""
-    try:
-        signature = str(inspect.signature(member))  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # built-ins without a text signature
-        return ""
-    return "" if " at 0x" in signature or len(signature) > _MAX_ANSWER else signature

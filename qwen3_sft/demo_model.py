@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -83,9 +84,9 @@ def trl_chat_template(name: str) -> str:
     return files("trl").joinpath("chat_templates", f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def tiny_config(vocab_size: int = 4096, **overrides: object) -> Qwen3MoeConfig:
+def tiny_config(vocab_size: int = 4096, **overrides: Any) -> Qwen3MoeConfig:
     """Return the configuration of the demo model: 4 layers, 16 experts of which 2 are active."""
-    sizes: dict[str, object] = {
+    sizes: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": 128,
         "intermediate_size": 256,

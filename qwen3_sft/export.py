@@ -12,10 +12,10 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qwen3_sft.checkpoint import publish
 from qwen3_sft.model import TOKENIZER_FILES, load_strict, progress_bars
@@ -28,7 +28,7 @@ class ExportError(RuntimeError):
 
 
 def export_model(
-    model: PreTrainedModel, base: Path, folder: Path, dtype: torch.dtype | None = None
+    model: Any, base: Path, folder: Path, dtype: torch.dtype | None = None
 ) -> None:
     """Export `model` to `folder` in hub layout, verified.
 
@@ -77,9 +77,9 @@ def _write_config(folder: Path, dtype: torch.dtype) -> None:
 
 
 def _verify(
-    folder: Path, model: PreTrainedModel, expected: dict[str, Tensor], dtype: torch.dtype
+    folder: Path, model: Any, expected: dict[str, Tensor], dtype: torch.dtype
 ) -> None:
-    reloaded = load_strict(folder, dtype=dtype)
+    reloaded: Any = load_strict(folder, dtype=dtype)
     actual = reloaded.state_dict()
     if actual.keys() != expected.keys():
         differing = sorted(actual.keys() ^ expected.keys())
@@ -97,7 +97,7 @@ def _verify(
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel) -> Tensor:
+def _probe(model: Any) -> Tensor:
     """Logits (1, 16, V) in float32 on fixed tokens."""
     was_training = model.training
     model.eval()

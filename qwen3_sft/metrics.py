@@ -168,7 +168,8 @@ def log_line(record: dict[str, Any], max_steps: int, seconds_left: float) -> str
     parts.append(f"lr {record['learning_rate']:.3g}")
     parts.append(f"{record['tokens_per_second_per_gpu']:,.0f} tok/s/GPU")
     parts.append(f"{record['model_tflops_per_gpu']:.3g} TFLOP/s")
-    parts.append("MFU ?" if record["mfu"] is None else f"MFU {record['mfu']:.1%}")
+    if record["mfu"] is not None:
+        parts.append(f"MFU {record['mfu']:.1%}")
     parts.append(f"{record['peak_memory_gib']:.1f} GiB")
     if record.get("expert_load_max_over_mean") is not None:
         parts.append(f"experts {record['expert_load_max_over_mean']:.2f}x")

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import IntervalStrategy
 
 import monkey_patch
-from qwen3_sft.args import DataArguments, TrainArguments
+from qwen3_sft.args import DataArguments
 from qwen3_sft.build import build_trainer
 from qwen3_sft.checkpoint import CheckpointError
 from qwen3_sft.completions import before_and_after
@@ -83,15 +82,15 @@ def run(options: Options) -> int:
 
     if options.model.dtype == "auto" and torch.cuda.is_available():
         options.train_values["bf16"] = torch.cuda.is_bf16_supported()
+    _default_evaluation(options.train_values, has_eval=eval_tokens is not None)
     args = options.train_arguments()
     set_seed(args.seed)
-    _default_evaluation(args, has_eval=eval_tokens is not None)
 
     weights = torch.bfloat16 if options.model.dtype == "bfloat16" else torch.float32
     compute = torch.bfloat16 if args.bf16 else weights
     attention, reason = choose_attention(options.model.attn_implementation, args.device, compute)
     logger.info("attention: %s (%s)", attention, reason)
-    model = load_model(base, options.model, args.device, weights, attention)
+    model: Any = load_model(base, options.model, args.device, weights, attention)
     patches = monkey_patch.apply_patches(model, choose_patches(options.model, attention))
     model.to(args.device)
 
@@ -101,8 +100,8 @@ def run(options: Options) -> int:
     if trainer.is_world_process_zero():
         _write_records(folder, options, train_tokens, trainer, patches.counts, attention)
     report = leak_test(
-        model, trainer.train_dataset[0], data.max_length, tokenizer.pad_token_id,
-        autocast=torch.bfloat16 if args.bf16 and args.device.type == "cuda" else None,
+        model, trainer.first_row(), data.max_length, tokenizer.pad_token_id,
+        autocast=torch.bfloat16 if args.bf16 else None,
     )  # fmt: skip
     logger.info("%s", report)
     if checkpoint is not None:
@@ -142,17 +141,17 @@ def _prepare_data(
     return tokens, None
 
 
-def _default_evaluation(args: TrainArguments, *, has_eval: bool) -> None:
+def _default_evaluation(values: dict[str, Any], *, has_eval: bool) -> None:
     """Evaluate as often as a checkpoint is written unless the recipe says otherwise."""
-    if has_eval and args.eval_strategy == IntervalStrategy.NO:
-        args.eval_strategy = IntervalStrategy(args.save_strategy.value)
-        args.eval_steps = args.save_steps
-    elif not has_eval and args.eval_strategy != IntervalStrategy.NO:
+    strategy = str(values["eval_strategy"])
+    if has_eval and strategy == "no" and values["save_strategy"] in ("steps", "epoch"):
+        values |= {"eval_strategy": values["save_strategy"], "eval_steps": values["save_steps"]}
+    elif not has_eval and strategy != "no":
         raise UsageError(
-            f"--eval_strategy {args.eval_strategy.value} without evaluation data: set "
-            "--eval_fraction or --eval_dataset"
+            f"--eval_strategy {strategy} without evaluation data: set --eval_fraction or "
+            "--eval_dataset"
         )
-    if args.early_stopping_patience is not None and not args.load_best_model_at_end:
+    if values["early_stopping_patience"] is not None and not values["load_best_model_at_end"]:
         raise UsageError("--early_stopping_patience needs --load_best_model_at_end true")
 
 

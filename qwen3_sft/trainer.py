@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from qwen3_sft.collator import BatchStats
 from qwen3_sft.flops import ModelFlops, train_flops
 from qwen3_sft.hardware import memory_stats
 from qwen3_sft.metrics import KEYS, MemoryWatch, MetricsFile, Window, log_line, throughput
+from qwen3_sft.packing import Document, PackedDataset
 from qwen3_sft.trainer_checkpoint import CheckpointedTrainer
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,6 @@ class SftTrainer(CheckpointedTrainer):
     The loss is the sum of cross entropy over labelled tokens divided by the number of labelled
     tokens of the whole step, over ranks and accumulation; no micro-batch waits for the device.
     """
-
-    args: TrainArguments
 
     def __init__(
         self,
@@ -75,6 +74,10 @@ class SftTrainer(CheckpointedTrainer):
         if self.args.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def first_row(self) -> list[Document]:
+        """Return the documents of the first training row."""
+        return cast(PackedDataset, self.train_dataset)[0]
 
     # ---- loss ----
 
@@ -162,7 +165,7 @@ class SftTrainer(CheckpointedTrainer):
 
     def evaluate(
         self,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -173,8 +176,8 @@ class SftTrainer(CheckpointedTrainer):
         with self.window.pause():
             sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
             self.model.eval()
-            for batch in self.get_eval_dataloader(eval_dataset):
-                inputs = self._prepare_inputs(batch)
+            for batch in self.get_eval_dataloader(cast("Dataset | None", eval_dataset)):
+                inputs: dict[str, Any] = self._prepare_inputs(batch)
                 label_tokens = inputs.pop("stats").label_tokens
                 del inputs["token_mask"]
                 with torch.no_grad(), self.compute_loss_context_manager():

@@ -31,6 +31,12 @@ _STAGING = ".saving"
 class CheckpointedTrainer(Trainer):
     """Trainer whose checkpoints are published whole and restored strictly."""
 
+    # Upstream declares these as optional or as unions that a type checker cannot narrow.
+    args: Any
+    model: Any
+    processing_class: Any
+    current_flos: Any
+
     def __init__(self, *, run_facts: dict[str, Any], **kwargs: Any) -> None:
         """Keep what every manifest records beside the files.
 

@@ -9,7 +9,8 @@ import sys
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
-from source_tree import ROOT, imports_of, is_type_checking, modules, place, tree_of
+
+from tests.source_tree import ROOT, imports_of, is_type_checking, modules, place, tree_of
 
 # One line per layer, the highest first. A module may import from its own line, as long as no
 # circle arises, and from the lines below.

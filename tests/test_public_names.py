@@ -1,6 +1,6 @@
 """A ratchet: the public names of both packages stand in public_names.txt, each is documented.
 
-`python tests/test_public_names.py` rewrites the list.
+`python -m tests.test_public_names` rewrites the list.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from source_tree import modules, place, tree_of
+
+from tests.source_tree import modules, place, tree_of
 
 LIST = Path(__file__).with_name("public_names.txt")
 
@@ -47,9 +48,9 @@ def test_public_names_are_the_listed_ones():
     lines += [f"- {name}" for name in sorted(set(listed) - set(found))]
     assert not lines, (
         "public names have changed:\n" + "\n".join(lines) + "\nIf that is meant, mention it in "
-        "CHANGELOG.md and run `python tests/test_public_names.py`; else give the name an underscore"
+        "CHANGELOG.md and run `python -m tests.test_public_names`; else give the name an underscore"
     )
-    assert listed == found, "the list is not sorted: run `python tests/test_public_names.py`"
+    assert listed == found, "the list is not sorted: run `python -m tests.test_public_names`"
 
 
 @pytest.mark.parametrize("name", sorted(modules()))

@@ -15,7 +15,8 @@ import venv
 from pathlib import Path
 
 import pytest
-from source_tree import ROOT, project_files
+
+from tests.source_tree import ROOT, project_files
 
 SCRIPTS = [*project_files(".sh"), ROOT / ".ci" / "run"]
 SHARED = ("environment.sh", "qwen3_sft.sh", "constraints.txt", "setup.py")
@@ -213,3 +214,34 @@ class TestOwnEnvironment:
         done, calls = self.start(clone, tmp_path)
         assert done.returncode == 0
         assert any(" -e " in call for call in calls)
+
+
+def test_cdpath_does_not_lead_astray(clone, tmp_path):
+    """With CDPATH set, `cd sub` may go to another folder of that name."""
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / clone.name).mkdir(parents=True)
+    script = (
+        f'cd "{clone.parent}" && source "{clone.name}/environment.sh" && echo "$QWEN3_SFT_HOME"'
+    )
+    done = bash("-euc", script, CDPATH=f"{elsewhere}:.")
+    assert done.stdout.splitlines() == [str(clone)]
+
+
+def test_environment_that_is_gone(clone, tmp_path):
+    """VIRTUAL_ENV outlives its folder in terminals of editors and in tmux."""
+    path = only(tmp_path / "bin")
+    done = bash(clone / "qwen3_sft.sh", PATH=path, VIRTUAL_ENV=tmp_path / "gone")
+    assert done.returncode == 2
+    assert str(tmp_path / "gone") in done.stderr
+    assert "unset" in done.stderr
+
+
+def test_half_made_environment_is_made_anew(clone, tmp_path):
+    """Ctrl-C while venv runs leaves a python without pip; so does Debian without python3-venv."""
+    venv.create(clone / ".venv", with_pip=False, symlinks=True)
+    log = tmp_path / "log"
+    path = only(tmp_path / "bin", "mkdir")
+    stand_in(tmp_path / "bin", "python3", f'printf "%s\\n" "$*" >>"{log}"; [ "$1" = -c ] || exit 1')
+    done = bash(clone / "qwen3_sft.sh", PATH=path)
+    assert done.returncode == 1
+    assert f"-m venv --clear {clone}/.venv" in log.read_text(encoding="utf-8").splitlines()

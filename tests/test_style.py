@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from source_tree import ROOT, place, project_files, tree_of
+
+from tests.source_tree import ROOT, place, project_files, tree_of
 
 MAX_FILE_LINES, TARGET_FILE_LINES = 400, 300
 MAX_FUNCTION_LINES = 60

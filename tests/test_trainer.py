@@ -62,6 +62,38 @@ def test_aux_coefficient_changes_the_router_only_when_set(tiny_moe, tokenizer, t
     assert not torch.equal(*routers)
 
 
+def test_bf16_autocast_stays_close_to_float32(tiny_moe, tokenizer, tmp_path):
+    losses = []
+    for bf16 in (False, True):
+        trainer = make_trainer(tiny_moe, tokenizer, tmp_path, max_steps=4, bf16=bf16)
+        trainer.train()
+        losses.append([h["loss"] for h in trainer.state.log_history if "loss" in h])
+        assert trainer.model.dtype == torch.float32
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(tiny_moe, tokenizer, tmp_path, reentrant):
+    results = []
+    for values in (
+        {},
+        {
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": {"use_reentrant": reentrant},
+        },
+    ):
+        trainer = make_trainer(tiny_moe, tokenizer, tmp_path, max_steps=2, aux=0.1, **SGD, **values)
+        trainer.train()
+        records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+        results.append((records, weights(trainer.model)))
+    for a, b in zip(*(records for records, _ in results), strict=True):
+        for key in ("loss", "aux_loss", "router_entropy", "expert_load_max_over_mean"):
+            assert b[key] == pytest.approx(a[key], rel=1e-6), key
+    for name, tensor in results[0][1].items():
+        assert_close(results[1][1][name], tensor, name=name)
+
+
 class _Poison(TrainerCallback):
     """Multiply one gradient by NaN in the steps given, as an overflow would."""
 

@@ -31,6 +31,14 @@ def test_matches_the_masked_definition(dtype):
         assert_close(a.grad, e.grad, name=name)
 
 
+def test_autocast_decides_the_dtype_of_mixed_inputs():
+    q, k, v = _qkv()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = varlen_attention(q, k, v.bfloat16(), ENDS, 22, 0.3)
+    assert out.dtype == torch.bfloat16
+    assert_close(out, varlen_attention_reference(q.double(), k.double(), v.double(), ENDS, 0.3))
+
+
 @pytest.mark.parametrize("ends", [[0, 40], [1, 47], [0, 30, 20, 47]])
 def test_documents_that_do_not_cover_the_row_are_refused(ends):
     with pytest.raises(ValueError, match=f"cu_seq_lens runs from {ends[0]} to {ends[-1]}"):

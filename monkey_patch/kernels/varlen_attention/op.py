@@ -37,11 +37,16 @@ def varlen_attention(
         scale: factor of the scores.
 
     Returns:
-        (T, H, C) in the dtype of `q_HTC`.
+        (T, H, C) in the dtype of `q_HTC`, in the autocast dtype under autocast.
 
     Raises:
         ValueError: the documents do not cover the row (checked where boundaries are on the host).
     """
+    device = q_HTC.device.type
+    if torch.is_autocast_enabled(device):
+        # Norms with float32 weights leave queries and keys in float32 beside values in bfloat16.
+        dtype = torch.get_autocast_dtype(device)
+        q_HTC, k_GTC, v_GTC = (t.to(dtype) for t in (q_HTC, k_GTC, v_GTC))
     if q_HTC.is_cuda and q_HTC.dtype in (torch.bfloat16, torch.float16):
         return _flash(q_HTC, k_GTC, v_GTC, cu_seq_lens, max_length, scale)
     return _per_document(q_HTC, k_GTC, v_GTC, cu_seq_lens, scale)

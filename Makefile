@@ -1,0 +1,17 @@
+# Aliases only; each target is the command that README.md and CONTRIBUTING.md explain.
+.PHONY: setup test lint demo
+
+setup: # makes .venv with the tested versions and the developers' tools
+	bash -euo pipefail -c 'source ./environment.sh; use_environment dev'
+
+test:
+	bash tests/run.sh
+
+lint:
+	ruff check .
+	ruff format --check .
+	pyrefly check --summarize-errors
+	shellcheck -x $$(git ls-files '*.sh') .ci/run
+
+demo:
+	bash qwen3_sft.sh
