@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Qwen3MoeConfig
 import monkey_patch
 from qwen3_sft.args import ModelArguments, TrainArguments
 from qwen3_sft.collator import PackedCollator
-from qwen3_sft.demo_model import tiny_config
+from qwen3_sft.demo.model import tiny_config
 from qwen3_sft.hardware import device_info
 from qwen3_sft.known_models import KNOWN_CONFIGS
 from qwen3_sft.logs import set_up_logging

@@ -147,6 +147,10 @@ class TrainArguments(TrainingArguments):
             "help": "auto: newest verified checkpoint; never: refuse a used folder; or a path"
         },
     )
+    report_to: list[str] = field(  # type: ignore[bad-override-mutable-attribute]
+        default_factory=lambda: ["none"],
+        metadata={"help": "wandb, tensorboard, mlflow, trackio, ... or none"},
+    )
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata={"help": "load-balancing loss; default: the model config's; 0 switches it off"},
@@ -171,7 +175,7 @@ class TrainArguments(TrainingArguments):
         Raises:
             ValueError: naming the option and what to use instead.
         """
-        for name, (bad, reason) in _REFUSED.items():
+        for name, (bad, reason) in REFUSED.items():
             if getattr(self, name) not in bad:
                 raise ValueError(f"--{name} {getattr(self, name)}: {reason}")
         super().__post_init__()
@@ -179,7 +183,7 @@ class TrainArguments(TrainingArguments):
 
 _OFF: tuple[object, ...] = (False, None, "", 0, 0.0)
 # option -> (values that are fine, why the others are not)
-_REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
+REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "use_liger_kernel": (_OFF, "Liger is applied while loading; set --use_liger instead"),
     "label_smoothing_factor": (_OFF, "would need the full logits; not supported"),
     "auto_find_batch_size": (_OFF, "a row is max_length tokens; lower --max_length instead"),

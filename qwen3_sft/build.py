@@ -21,7 +21,7 @@ from qwen3_sft.args import DataArguments, TrainArguments
 from qwen3_sft.checkpoint import step_of
 from qwen3_sft.collator import PackedCollator
 from qwen3_sft.completions import CompletionCallback, pick_prompts
-from qwen3_sft.data import TokenDataset
+from qwen3_sft.data.prepare import TokenDataset
 from qwen3_sft.hardware import device_info
 from qwen3_sft.metrics import MetricsFile
 from qwen3_sft.packing import PackedDataset

@@ -36,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train_help() -> int:
+    from qwen3_sft.logs import set_up_logging
+
+    set_up_logging()
     from qwen3_sft.recipe import help_text
 
     print(help_text(), end="")
@@ -52,8 +55,8 @@ def _inspect(argv: list[str]) -> int:
     parser.add_argument("--format", choices=("text", "json"), default="text")
     own, rest = parser.parse_known_args(argv)
 
-    from qwen3_sft.demo import resolve_demo
-    from qwen3_sft.inspect_data import inspect
+    from qwen3_sft.data.inspection import inspect
+    from qwen3_sft.demo.build import resolve_demo
     from qwen3_sft.model import ModelError, load_tokenizer, resolve_tokenizer
     from qwen3_sft.recipe import UsageError, parse_options
     from qwen3_sft.samples import DataError

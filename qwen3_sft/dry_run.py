@@ -10,9 +10,9 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
 import monkey_patch
-from qwen3_sft.demo import NAME as DEMO
-from qwen3_sft.demo import VOCAB_SIZE
-from qwen3_sft.demo_model import tiny_config
+from qwen3_sft.demo.build import NAME as DEMO
+from qwen3_sft.demo.build import VOCAB_SIZE
+from qwen3_sft.demo.model import tiny_config
 from qwen3_sft.known_models import KNOWN_CONFIGS
 from qwen3_sft.model import choose_attention, resolve_model
 from qwen3_sft.patches import choose_patches

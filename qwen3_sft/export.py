@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from qwen3_sft.checkpoint import publish
-from qwen3_sft.model import TOKENIZER_FILES, load_strict, progress_bars
+from qwen3_sft.logs import progress_bars
+from qwen3_sft.model import TOKENIZER_FILES, load_strict
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +28,7 @@ class ExportError(RuntimeError):
     """The exported folder does not reproduce the trained model; it was not published."""
 
 
-def export_model(
-    model: Any, base: Path, folder: Path, dtype: torch.dtype | None = None
-) -> None:
+def export_model(model: Any, base: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Export `model` to `folder` in hub layout, verified.
 
     Args:
@@ -76,9 +75,7 @@ def _write_config(folder: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _verify(
-    folder: Path, model: Any, expected: dict[str, Tensor], dtype: torch.dtype
-) -> None:
+def _verify(folder: Path, model: Any, expected: dict[str, Tensor], dtype: torch.dtype) -> None:
     reloaded: Any = load_strict(folder, dtype=dtype)
     actual = reloaded.state_dict()
     if actual.keys() != expected.keys():

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+_SLOW_BYTES = 2 << 30  # about two seconds of a good disk
 # They report at import that CUDA extensions for other builds exist, which no user can act on.
 _CHATTY_AT_IMPORT = ("torchao", "torch.utils._pytree")
 
@@ -23,3 +26,18 @@ def set_up_logging() -> None:
         log.propagate = False
     for name in _CHATTY_AT_IMPORT:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def progress_bars(num_bytes: int) -> Iterator[None]:
+    """Show transformers' bars only where reading or writing `num_bytes` takes a while."""
+    from transformers.utils import logging as transformers_logging
+
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    if num_bytes < _SLOW_BYTES:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()

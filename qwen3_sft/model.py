@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,11 @@ from transformers.utils import (
     is_flash_attn_3_available,
     is_flash_attn_4_available,
 )
-from transformers.utils import logging as transformers_logging
 
 from qwen3_sft.args import ModelArguments
+from qwen3_sft.logs import progress_bars
 
 logger = logging.getLogger(__name__)
-
-_SLOW_BYTES = 2 << 30  # about two seconds of a good disk
 
 MODEL_TYPES = ("qwen3_moe",)
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
@@ -197,16 +194,3 @@ def load_strict(folder: Path, loader: Any = AutoModelForCausalLM, **kwargs: Any)
     if found:
         raise ModelError(f"{folder}: weights do not fit the model ({'; '.join(found)})")
     return model
-
-
-@contextmanager
-def progress_bars(num_bytes: int) -> Iterator[None]:
-    """Show transformers' bars only where reading or writing `num_bytes` takes a while."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    if num_bytes < _SLOW_BYTES:
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()

@@ -11,12 +11,14 @@ import difflib
 import json
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
-from qwen3_sft.args import DataArguments, ModelArguments, TrainArguments
+from qwen3_sft.args import REFUSED, DataArguments, ModelArguments, TrainArguments
+
+_KINDS = (ModelArguments, DataArguments, TrainArguments)
 
 
 class UsageError(ValueError):
@@ -91,7 +93,7 @@ def parse_options(argv: list[str]) -> Options:
 
 def _parser() -> _Parser:
     return _Parser(
-        [ModelArguments, DataArguments, TrainArguments],  # type: ignore[arg-type]
+        list(_KINDS),  # type: ignore[arg-type]
         prog="qwen3-sft train",
         allow_abbrev=False,
         add_help=False,
@@ -115,45 +117,98 @@ def _pick(namespace: Namespace, kind: type) -> dict[str, Any]:
 
 
 def _recipe_tokens(path: Path, parser: _Parser) -> list[str]:
-    """Turn a recipe into command line tokens, `--key value ...`."""
+    """Turn a recipe into command line tokens; a null becomes the parser's default."""
+    known = {action.dest for action in parser._actions}
+    tokens: list[str] = []
+    for key, value in _load_recipe(path).items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UsageError(_unknown(f"--{name}", parser, f"in {path}"))
+        if value is None:
+            _check_null(name, path)
+            parser.set_defaults(**{name: None})
+        elif isinstance(value, list):
+            tokens += _list_tokens(name, value, path)
+        else:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            tokens.append(f"--{name}={text}")
+    return tokens
+
+
+def _load_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"--config {path}: no such file")
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise UsageError(f"{path}: expected `key: value` lines, found a {type(recipe).__name__}")
-    known = {action.dest for action in parser._actions}
-    tokens: list[str] = []
-    for key, value in recipe.items():
-        if key not in known:
-            raise UsageError(_unknown(f"--{key}", parser, f"in {path}"))
-        if value is not None and value != []:
-            tokens += [f"--{key}", *_words(value)]
-    return tokens
+    return recipe
 
 
-def _words(value: object) -> list[str]:
-    if isinstance(value, list):
-        return [str(item) for item in value]
-    return [json.dumps(value) if isinstance(value, dict) else str(value)]
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML lets a key that is repeated win silently; here it is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} stands twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _check_null(name: str, path: Path) -> None:
+    for kind in _KINDS:
+        if name in (hints := get_type_hints(kind)) and type(None) not in get_args(hints[name]):
+            raise UsageError(f"{path}: {name} cannot be null; leave it out for its default")
+
+
+def _list_tokens(name: str, values: list[Any], path: Path) -> list[str]:
+    words = [str(value) for value in values]
+    for word in words:
+        if word.startswith("-"):
+            raise UsageError(f"{path}: {name} has the entry {word!r}; entries cannot begin with -")
+    return [f"--{name}", *words] if words else []
 
 
 def _unknown(token: str, parser: _Parser, where: str) -> str:
     if not token.startswith("--"):
         return f"unexpected value {token!r} {where}"
     name = token[2:].split("=")[0].replace("-", "_")
-    names = sorted({action.dest for action in parser._actions} | {"config"})
-    nearest = max(names, key=lambda known: _likeness(name, known))
+    names = [a.dest for a in parser._actions if a.dest not in REFUSED]  # ours come first
+    nearest = _ALIASES.get(name) or max(names, key=lambda known: _likeness(name, known))
     return f"unknown option --{name} {where}; did you mean --{nearest}? (--help lists all)"
 
 
+# What other tools call an option of ours.
+_ALIASES = {
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "max_seq_length": "max_length",
+    "seq_length": "max_length",
+    "cutoff_len": "max_length",
+    "model": "model_name_or_path",
+    "model_path": "model_name_or_path",
+    "data": "dataset",
+    "data_path": "dataset",
+    "output": "output_dir",
+}
+
+
 def _likeness(name: str, known: str) -> float:
-    """Compare whole names, and the beginning of a long one: `modle` means model_name_or_path."""
-    whole = difflib.SequenceMatcher(None, name, known).ratio()
-    beginning = difflib.SequenceMatcher(None, name, known[: len(name)]).ratio()
-    return max(whole, 0.9 * beginning)
+    """Compare whole names, and either end of a long one: `modle` means model_name_or_path."""
+    length = len(name)
+    whole, start, end = (
+        difflib.SequenceMatcher(None, name, part).ratio()
+        for part in (known, known[:length], known[-length:])
+    )
+    return max(whole, 0.9 * start, 0.9 * end)
 
 
 def _check(options: Options) -> None:

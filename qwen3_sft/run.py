@@ -16,11 +16,11 @@ from qwen3_sft.args import DataArguments
 from qwen3_sft.build import build_trainer
 from qwen3_sft.checkpoint import CheckpointError
 from qwen3_sft.completions import before_and_after
-from qwen3_sft.data import TokenDataset, prepare
-from qwen3_sft.demo import resolve_demo
+from qwen3_sft.data.formats import DataError
+from qwen3_sft.data.prepare import TokenDataset, prepare
+from qwen3_sft.demo.build import resolve_demo
 from qwen3_sft.dry_run import dry_run
 from qwen3_sft.export import ExportError, export_model
-from qwen3_sft.formats import DataError
 from qwen3_sft.hardware import device_info
 from qwen3_sft.leak_test import LeakError, leak_test
 from qwen3_sft.model import (

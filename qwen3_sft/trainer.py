@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from qwen3_sft.args import TrainArguments
 from qwen3_sft.collator import BatchStats
 from qwen3_sft.flops import ModelFlops, train_flops
 from qwen3_sft.hardware import memory_stats

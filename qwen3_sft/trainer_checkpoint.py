@@ -21,7 +21,7 @@ from qwen3_sft.checkpoint import (
     seal,
     verify,
 )
-from qwen3_sft.model import progress_bars
+from qwen3_sft.logs import progress_bars
 
 logger = logging.getLogger(__name__)
 

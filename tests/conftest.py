@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3_sft.demo_model import tiny_config, tiny_model, train_tokenizer
+from qwen3_sft.demo.model import tiny_config, tiny_model, train_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -39,8 +39,9 @@ def assert_close(
     error = (a - e).abs()
     ratio = ((a - e).square().mean().sqrt() / e.square().mean().sqrt().clamp_min(1e-30)).item()
     worst = int(error.argmax())
+    got, wanted = a.flatten()[worst].item(), e.flatten()[worst].item()
     assert ratio <= limit, (
-        f"{name}: RMS ratio {ratio:.3e} > {limit:.1e}, max abs {error.max().item():.3e} at "
-        f"flat index {worst} (got {a.flatten()[worst].item():.6g}, expected {e.flatten()[worst].item():.6g}), "
+        f"{name}: RMS ratio {ratio:.3e} > {limit:.1e}, max abs {error.max().item():.3e} at flat "
+        f"index {worst} (got {got:.6g}, expected {wanted:.6g}), "
         f"{actual.dtype} {tuple(actual.shape)}"
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from qwen3_sft.chat import render
-from qwen3_sft.formats import parse_row
+from qwen3_sft.chat.render import render
+from qwen3_sft.data.formats import parse_row
 from qwen3_sft.samples import Conversation
 
 TOOL = {

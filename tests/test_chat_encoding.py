@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen3_sft.chat import CHAT_FORMATS, render, render_plain
-from qwen3_sft.chat_templates import CONTROL_TOKENS
-from qwen3_sft.encoding import Encoder
+from qwen3_sft.chat.encoding import Encoder
+from qwen3_sft.chat.render import CHAT_FORMATS, render, render_plain
+from qwen3_sft.chat.templates import CONTROL_TOKENS
 from qwen3_sft.samples import Conversation, Message, PlainText, ToolCall
 
 ORDINARY = [

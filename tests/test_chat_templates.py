@@ -4,7 +4,7 @@ from importlib.resources import files
 
 import pytest
 
-from qwen3_sft.chat import detect_chat_format
+from qwen3_sft.chat.render import detect_chat_format
 
 
 def test_of_all_templates_in_trl_only_the_released_ones_are_recognised():

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_close
 
 from qwen3_sft.collator import BatchStats, PackedCollator
+from tests.oracle import assert_close
 
 L, PAD = 32, 7
 

@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader
 
 from qwen3_sft.args import DataArguments
 from qwen3_sft.collator import PackedCollator
-from qwen3_sft.data import prepare
-from qwen3_sft.data_report import report_text
-from qwen3_sft.demo_data import conversations
+from qwen3_sft.data.prepare import prepare
+from qwen3_sft.data.report import report_text
+from qwen3_sft.data.token_store import TokenDataset
+from qwen3_sft.demo.conversations import conversations
 from qwen3_sft.packing import PackedDataset
 from qwen3_sft.samples import DataError
-from qwen3_sft.token_store import TokenDataset
 
 NUM_ROWS = 700  # three chunks of the tokeniser
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qwen3_sft.args import DataArguments
-from qwen3_sft.data import prepare
+from qwen3_sft.data.prepare import prepare
 from qwen3_sft.samples import DataError
 
 

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen3_sft.args import DataArguments
-from qwen3_sft.demo import VOCAB_SIZE, build_demo, resolve_demo
-from qwen3_sft.demo_data import conversations, write_conversations
-from qwen3_sft.demo_model import CONTROL_TOKENS, tiny_config, tiny_model, write_checkpoint
+from qwen3_sft.demo.build import VOCAB_SIZE, build_demo, resolve_demo
+from qwen3_sft.demo.conversations import conversations, write_conversations
+from qwen3_sft.demo.model import CONTROL_TOKENS, tiny_config, tiny_model, write_checkpoint
 from qwen3_sft.model import load_tokenizer
 from tests.oracle import assert_close
 from tests.source_tree import ROOT
@@ -34,7 +34,7 @@ def demo(tmp_path_factory):
     """The demo as two processes build it that start at the same time; what each one returned."""
     folder = tmp_path_factory.mktemp("demo")
     program = (
-        "import sys; from pathlib import Path; from qwen3_sft.demo import build_demo;"
+        "import sys; from pathlib import Path; from qwen3_sft.demo.build import build_demo;"
         "print(*build_demo(Path(sys.argv[1])), sep='\\n')"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -80,7 +80,7 @@ class TestData:
 
     def test_is_the_same_in_every_process(self, tmp_path):
         program = (
-            "import sys; from pathlib import Path; from qwen3_sft.demo_data import "
+            "import sys; from pathlib import Path; from qwen3_sft.demo.conversations import "
             "write_conversations; print(write_conversations(Path(sys.argv[1])))"
         )
         digests = set()
@@ -200,7 +200,7 @@ class TestBuild:
         assert build_demo(folder) == (folder / "model", folder / "conversations.jsonl")
         assert {path: path.stat().st_mtime_ns for path in files} == before
 
-    def test_an_interrupted_build_is_finished(self, demo, rows, tmp_path):
+    def test_an_interrupted_build_is_finished(self, demo, tmp_path):
         """Only the data, which is written last, says that the model is whole too."""
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "config.json").write_text("{", encoding="utf-8")
@@ -209,8 +209,7 @@ class TestBuild:
         for name in ("config.json", "model.safetensors", "tokenizer_config.json"):
             assert (model / name).read_bytes() == (whole / "model" / name).read_bytes(), name
         assert len(load_tokenizer(model)) == VOCAB_SIZE
-        lines = data.read_text(encoding="utf-8").splitlines()
-        assert [json.loads(line) for line in lines] == rows
+        assert data.read_bytes() == (whole / "conversations.jsonl").read_bytes()
 
     def test_the_name_demo_is_replaced_wherever_it_stands(self, demo):
         folder, _ = demo

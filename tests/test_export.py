@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import monkey_patch
-from qwen3_sft.demo_model import write_checkpoint
+from qwen3_sft.demo.model import write_checkpoint
 from qwen3_sft.export import ExportError, base_dtype, export_model
 from tests.oracle import assert_close
 from tests.training import PATCHES

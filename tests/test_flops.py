@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3MoeConfig, Qwen3VLMoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
-from qwen3_sft.demo_model import tiny_config, tiny_model
+from qwen3_sft.demo.model import tiny_config, tiny_model
 from qwen3_sft.flops import (
     FlopsError,
     ModelFlops,

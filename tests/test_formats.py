@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from qwen3_sft.formats import detect_format, parse_row, require_format
+from qwen3_sft.data.formats import detect_format, parse_row, require_format
 from qwen3_sft.samples import (
     Conversation,
     DataError,

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from qwen3_sft.formats import detect_format, parse_row
+from qwen3_sft.data.formats import detect_format, parse_row
 from qwen3_sft.samples import Conversation, DataError, Dropped, PlainText, Tokens
 
 USER = {"role": "user", "content": "q"}

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from qwen3_sft.args import DataArguments
-from qwen3_sft.data import prepare
-from qwen3_sft.inspect_data import inspect
+from qwen3_sft.data.inspection import inspect
+from qwen3_sft.data.prepare import prepare
 from qwen3_sft.samples import DataError
 
 

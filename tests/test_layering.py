@@ -18,14 +18,16 @@ LAYERS: tuple[tuple[str, str], ...] = (
     ("command line", "cli"),
     ("start", "launch train"),
     ("one run", "run build dry_run"),
-    ("verbs", "export inspect_data"),
+    ("verbs", "export data.inspection"),
     ("training", "trainer trainer_checkpoint checkpoint completions leak_test run_folder"),
-    ("parts", "model patches metrics collator demo"),
-    ("data", "data data_report token_store tokenize_rows cache_key"),
-    ("rows", "raw_rows readers table_rows json_rows formats turns"),
-    ("text", "chat chat_text chat_pieces chat_templates encoding"),
+    ("parts", "model patches metrics collator demo.build"),
+    ("tokens", "data.prepare data.report data.token_store data.tokenize_rows data.cache_key"),
+    ("rows", "data.raw_rows data.readers data.table_rows data.json_rows data.formats data.turns"),
+    ("text", "chat.render chat.text chat.pieces chat.templates chat.encoding"),
     ("options", "recipe args"),
-    ("facts", "packing flops hardware known_models samples tally logs demo_data demo_model"),
+    ("facts", "packing flops hardware known_models samples data.tally logs"),
+    ("demo", "demo.conversations demo.model"),
+    ("packages", "data chat demo"),
 )  # fmt: skip
 
 MAY_IMPORT_MONKEY_PATCH = {"patches", "model", "train", "run", "build", "dry_run", "doctor"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qwen3_sft.args import ModelArguments
-from qwen3_sft.demo_model import write_checkpoint
+from qwen3_sft.demo.model import write_checkpoint
 from qwen3_sft.model import (
     ModelError,
     choose_attention,

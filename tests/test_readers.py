@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qwen3_sft import json_rows
 from qwen3_sft.args import DataArguments
-from qwen3_sft.readers import _HubSource, find_sources, iter_rows
+from qwen3_sft.data import json_rows
+from qwen3_sft.data.readers import _HubSource, find_sources, iter_rows
+from qwen3_sft.data.tally import Tally
 from qwen3_sft.samples import DataError
-from qwen3_sft.tally import Tally
 
 ROWS = [{"text": f"row {i}", "nested": {"list": [i, i + 1]}} for i in range(7)]
 
@@ -79,7 +79,7 @@ def test_json_memory_follows_the_row_and_not_the_file(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
 def test_tables(folder, monkeypatch, name):
-    monkeypatch.setattr("qwen3_sft.table_rows._BATCH_ROWS", 2)
+    monkeypatch.setattr("qwen3_sft.data.table_rows._BATCH_ROWS", 2)
     if name == "a.parquet":
         pq.write_table(pa.Table.from_pylist(ROWS), name, row_group_size=3)
     else:

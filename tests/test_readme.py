@@ -17,7 +17,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from qwen3_sft import cli, train
 from qwen3_sft.checkpoint import seal
-from qwen3_sft.demo_model import write_checkpoint
+from qwen3_sft.demo.model import write_checkpoint
 from tests.readme import Command, blocks, commands, links, paragraphs, paths, unproven
 from tests.source_tree import ROOT
 

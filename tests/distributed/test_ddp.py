@@ -4,7 +4,7 @@ import sys
 import pytest
 import safetensors.torch
 
-from qwen3_sft.demo_model import write_checkpoint
+from qwen3_sft.demo.model import write_checkpoint
 from tests.commands import metrics, run, succeeds
 from tests.oracle import assert_close
 

@@ -6,7 +6,7 @@ import safetensors.torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from qwen3_sft.demo_model import write_checkpoint
+from qwen3_sft.demo.model import write_checkpoint
 from qwen3_sft.metrics import KEYS
 from tests.commands import cli, metrics, run, succeeds
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qwen3_sft.demo_model import tiny_config, tiny_model
+from qwen3_sft.demo.model import tiny_config, tiny_model
 
 LENGTHS = (1, 17, 5, 30, 11)
 VOCAB = 320

@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from oracle import assert_close
 from torch._dynamo.utils import counters
 from transformers import Qwen3MoeForCausalLM
 
 from monkey_patch import PATCHES, PatchError, apply_patches, router_statistics
+from tests.oracle import assert_close
 
 SINGLES = [pytest.param((patch,), id=patch.name) for patch in PATCHES]
 PAIRS = [

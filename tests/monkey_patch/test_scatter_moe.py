@@ -1,11 +1,11 @@
 import pytest
 import torch
-from oracle import RMS_TOLERANCE, assert_close
 from torch import nn
 
 from monkey_patch import PatchError, apply_patches
 from monkey_patch.kernels.scatter_moe import scatter_moe
 from monkey_patch.kernels.scatter_moe.reference import scatter_moe_reference
+from tests.oracle import RMS_TOLERANCE, assert_close
 
 NAMES = ("x", "gate_up_proj", "down_proj", "top_k_weights")
 

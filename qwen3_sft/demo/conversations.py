@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,3 +112,6 @@ def _paragraphs(documentation: str | None) -> list[str]:
         paragraphs.append(text)
     return paragraphs
 
+
+if __name__ == "__main__":
+    write_conversations(Path(sys.argv[1]))

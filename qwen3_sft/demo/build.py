@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 from filelock import FileLock
 
 from qwen3_sft.args import DataArguments
-from qwen3_sft.demo_data import conversations, write_conversations
-from qwen3_sft.demo_model import train_tokenizer, write_checkpoint
+from qwen3_sft.demo import conversations
+from qwen3_sft.demo.model import train_tokenizer, write_checkpoint
 
 NAME = "demo"
 VOCAB_SIZE = 4096
@@ -25,10 +28,13 @@ def build_demo(folder: Path) -> tuple[Path, Path]:
     model, data = folder / "model", folder / "conversations.jsonl"
     with FileLock(folder / ".lock"):
         if not data.exists():  # written last, so its presence means that both are whole
-            texts = (m["content"] for row in conversations() for m in row["messages"])
-            write_checkpoint(model, train_tokenizer(texts, VOCAB_SIZE))
             partial = data.with_suffix(".partial")
-            write_conversations(partial)
+            # In a process of its own: what is imported here changes the standard library (torch
+            # replaces functions of `inspect`, transformers adds methods to `logging.Logger`).
+            subprocess.run([sys.executable, "-I", conversations.__file__, partial], check=True)
+            rows = map(json.loads, partial.read_text(encoding="utf-8").splitlines())
+            texts = (message["content"] for row in rows for message in row["messages"])
+            write_checkpoint(model, train_tokenizer(texts, VOCAB_SIZE))
             partial.rename(data)
     return model, data
 

@@ -23,22 +23,22 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from qwen3_sft.cache_key import FileHashes, cache_key, describe_all, text_hash
-from qwen3_sft.chat import detect_chat_format, self_check
-from qwen3_sft.data_report import check_drops, make_report, report_origin, report_text
-from qwen3_sft.encoding import Encoder
-from qwen3_sft.formats import parse_row
-from qwen3_sft.raw_rows import RawRow, raw_rows
-from qwen3_sft.readers import RowSource, find_sources
-from qwen3_sft.samples import Conversation, DataError
-from qwen3_sft.token_store import TokenDataset, TokenWriter
-from qwen3_sft.tokenize_rows import (
+from qwen3_sft.chat.encoding import Encoder
+from qwen3_sft.chat.render import detect_chat_format, self_check
+from qwen3_sft.data.cache_key import FileHashes, cache_key, describe_all, text_hash
+from qwen3_sft.data.formats import parse_row
+from qwen3_sft.data.raw_rows import RawRow, raw_rows
+from qwen3_sft.data.readers import RowSource, find_sources
+from qwen3_sft.data.report import check_drops, make_report, report_origin, report_text
+from qwen3_sft.data.token_store import TokenDataset, TokenWriter
+from qwen3_sft.data.tokenize_rows import (
     Counts,
     RowTokenizer,
     TokenizedSample,
     TokenizeOptions,
     tokenize_chunks,
 )
+from qwen3_sft.samples import Conversation, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from qwen3_sft.formats import Format, detect_format, require_format
-from qwen3_sft.readers import RowSource
-from qwen3_sft.tally import Tally
+from qwen3_sft.data.formats import Format, detect_format, require_format
+from qwen3_sft.data.readers import RowSource
+from qwen3_sft.data.tally import Tally
 
 if TYPE_CHECKING:
     from qwen3_sft.args import DataArguments

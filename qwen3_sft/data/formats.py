@@ -14,6 +14,17 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from qwen3_sft.data.turns import (
+    check_order,
+    check_text,
+    clean_json,
+    describe,
+    join_parts,
+    load_json,
+    parse_answer,
+    parse_turns,
+    warn_control_text,
+)
 from qwen3_sft.samples import (
     IGNORED,
     Conversation,
@@ -24,17 +35,6 @@ from qwen3_sft.samples import (
     Sample,
     Source,
     Tokens,
-)
-from qwen3_sft.turns import (
-    check_order,
-    check_text,
-    clean_json,
-    describe,
-    join_parts,
-    load_json,
-    parse_answer,
-    parse_turns,
-    warn_control_text,
 )
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"]

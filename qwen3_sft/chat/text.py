@@ -10,8 +10,8 @@ import json
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from qwen3_sft.chat_pieces import PieceWriter, Rendered
-from qwen3_sft.chat_templates import (
+from qwen3_sft.chat.pieces import PieceWriter, Rendered
+from qwen3_sft.chat.templates import (
     END_THINK,
     END_TOOL_CALL,
     END_TOOL_RESPONSE,

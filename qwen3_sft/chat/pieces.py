@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
-from qwen3_sft.chat_templates import CONTROL_TOKENS
+from qwen3_sft.chat.templates import CONTROL_TOKENS
 
 _CONTROL = re.compile("(" + "|".join(map(re.escape, CONTROL_TOKENS)) + ")")
 

@@ -20,9 +20,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwen3_sft.chat_pieces import Piece, PieceWriter, Rendered
-from qwen3_sft.chat_templates import CHAT_FORMATS, detect_chat_format
-from qwen3_sft.chat_text import is_query, last_query_index, write_conversation
+from qwen3_sft.chat.pieces import Piece, PieceWriter, Rendered
+from qwen3_sft.chat.templates import CHAT_FORMATS, detect_chat_format
+from qwen3_sft.chat.text import is_query, last_query_index, write_conversation
 from qwen3_sft.samples import Conversation, DataError, Message, PlainText
 
 if TYPE_CHECKING:

@@ -18,13 +18,13 @@ from typing import Literal
 
 import numpy as np
 
-from qwen3_sft.chat import render, render_plain
-from qwen3_sft.chat_pieces import Rendered
-from qwen3_sft.encoding import Encoder
-from qwen3_sft.formats import parse_row
-from qwen3_sft.raw_rows import RawRow
+from qwen3_sft.chat.encoding import Encoder
+from qwen3_sft.chat.pieces import Rendered
+from qwen3_sft.chat.render import render, render_plain
+from qwen3_sft.data.formats import parse_row
+from qwen3_sft.data.raw_rows import RawRow
+from qwen3_sft.data.tally import Tally
 from qwen3_sft.samples import Conversation, DataError, Dropped, PlainText, Tokens
-from qwen3_sft.tally import Tally
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwen3_sft.chat_pieces import Rendered
-from qwen3_sft.chat_templates import CONTROL_TOKENS
+from qwen3_sft.chat.pieces import Rendered
+from qwen3_sft.chat.templates import CONTROL_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,6 +18,8 @@ from tokenizers import trainers as bpe_trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
+from qwen3_sft.logs import progress_bars
+
 # The 26 control tokens of Qwen3 in the order of their ids; those without bars are not `special`
 # upstream, so that decoding with skip_special_tokens keeps them.
 # Source: tokenizer_config.json of Qwen/Qwen3-30B-A3B.
@@ -119,5 +121,6 @@ def write_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int
         pad_token_id=tokenizer.pad_token_id,
     )
     model = tiny_model(config, seed)
-    model.save_pretrained(folder)
+    with progress_bars(0):
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from qwen3_sft.data import tokenize_options
-from qwen3_sft.data_report import check_drops, make_report, report_origin, report_text
-from qwen3_sft.encoding import Encoder
-from qwen3_sft.raw_rows import raw_rows
-from qwen3_sft.readers import find_sources
+from qwen3_sft.chat.encoding import Encoder
+from qwen3_sft.data.prepare import tokenize_options
+from qwen3_sft.data.raw_rows import raw_rows
+from qwen3_sft.data.readers import find_sources
+from qwen3_sft.data.report import check_drops, make_report, report_origin, report_text
+from qwen3_sft.data.tokenize_rows import Counts, RowTokenizer, TokenizedSample
 from qwen3_sft.samples import IGNORED
-from qwen3_sft.tokenize_rows import Counts, RowTokenizer, TokenizedSample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,0 +1,1 @@
+"""From files, folders and hub ids to tokens on disk; `prepare` is the entrance."""
