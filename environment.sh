@@ -1,22 +1,29 @@
 # shellcheck shell=bash
-# Sourced by qwen3_sft.sh, qwen3_sft_multinode.sh and tests/run.sh: finds or makes the Python
-# environment and leaves its interpreter in $QWEN3_SFT_PYTHON.
+# Sourced by qwen3_sft.sh and tests/run.sh: finds or makes the Python environment and leaves its
+# interpreter in $QWEN3_SFT_PYTHON.
 #
 #   use_environment [EXTRA]   e.g. `use_environment dev`
 #
 # An environment that is active is used as it is when the package is installed in it; it is changed
-# only after a "y" at the prompt, or when QWEN3_SFT_INSTALL=1 says so beforehand. Without one, .venv
-# is made beside this file.
+# only after a "y" at the prompt, or when QWEN3_SFT_INSTALL=1 says so beforehand. Without one, or with
+# nothing but conda's base, .venv is made beside this file.
 
 # With CDPATH set, `cd folder` may go elsewhere and prints where.
 QWEN3_SFT_HOME="$(unset CDPATH && cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 
 _say() { printf '%s\n' "[qwen3-sft] $*" >&2; }
 
-_installed() { # PYTHON [EXTRA]; -I: the current folder must not count as installed
-  local modules="qwen3_sft, monkey_patch"
-  [ "${2:-}" = dev ] && modules="$modules, pytest, xdist"
-  (cd / && "$1" -I -c "import importlib.util as u, sys; sys.exit(any(u.find_spec(m.strip()) is None for m in '$modules'.split(',')))") 2>/dev/null
+_installed() { # PYTHON [EXTRA]: is this clone's package there, and what the extra needs?
+  local needed=""
+  [ "${2:-}" = dev ] && needed="pytest xdist pyrefly"
+  # -I: the current folder must not count as installed.
+  "$1" -I - "$QWEN3_SFT_HOME" "$needed" 2>/dev/null <<'PYTHON'
+import importlib.util, pathlib, sys
+home, needed = pathlib.Path(sys.argv[1]).resolve(), sys.argv[2].split()
+spec = importlib.util.find_spec("qwen3_sft")
+is_ours = spec is not None and home in pathlib.Path(spec.origin).resolve().parents
+sys.exit(not is_ours or any(importlib.util.find_spec(name) is None for name in needed))
+PYTHON
 }
 
 _install() { # PYTHON EXTRA
@@ -48,10 +55,11 @@ _use_active() { # EXTRA
   if [ "${QWEN3_SFT_INSTALL:-0}" = 1 ]; then
     answer=y
   elif [ -t 0 ]; then
-    read -r -p "[qwen3-sft] $where lacks the package. Install it there? [y/N] " answer
+    read -r -p "[qwen3-sft] $where lacks the package of $QWEN3_SFT_HOME. Install it there? [y/N] " answer
   fi
   if [ "$answer" != y ] && [ "$answer" != Y ]; then
-    _say "$where is active and lacks the package${1:+ with its extra [$1]}. Nothing was changed. Either"
+    _say "$where is active and lacks the package${1:+ with its extra [$1]} of this folder,"
+    _say "$QWEN3_SFT_HOME. Nothing was changed. Either"
     _say "  - deactivate it, and an own environment is made in $QWEN3_SFT_HOME/.venv, or"
     _say "  - run again with QWEN3_SFT_INSTALL=1 to install into it."
     return 2
@@ -59,12 +67,19 @@ _use_active() { # EXTRA
   _install "$QWEN3_SFT_PYTHON" "$1"
 }
 
+_unlock() { if command -v flock >/dev/null 2>&1; then flock -u 9; fi; }
+
 _use_own() { # EXTRA
   local venv="$QWEN3_SFT_HOME/.venv" python ready wanted
   ready="$venv/.ready${1:+-$1}"
   wanted="$(cat "$QWEN3_SFT_HOME/constraints.txt" "$QWEN3_SFT_HOME/setup.py" | cksum)"
   QWEN3_SFT_PYTHON="$venv/bin/python"
+  if command -v flock >/dev/null 2>&1; then # a second start waits for the first to finish
+    exec 9>"$venv.lock"
+    flock 9
+  fi
   if [ -x "$QWEN3_SFT_PYTHON" ] && [ "$(cat "$ready" 2>/dev/null)" = "$wanted" ]; then
+    _unlock
     return
   fi
   # Without pip it was left half made: interrupted, or by a Python that lacks ensurepip.
@@ -76,11 +91,18 @@ _use_own() { # EXTRA
   _say "installing the tested versions (constraints.txt); on a fast network this takes a minute or two"
   _install "$QWEN3_SFT_PYTHON" "$1"
   printf '%s' "$wanted" >"$ready"
+  _unlock
+}
+
+_is_active() { # EXTRA; conda's base is always active and hardly ever meant
+  [ -n "${VIRTUAL_ENV:-}" ] && return
+  [ -n "${CONDA_PREFIX:-}" ] || return
+  [ "${CONDA_DEFAULT_ENV:-}" != base ] || _installed "$CONDA_PREFIX/bin/python" "$1"
 }
 
 use_environment() {
   local extra="${1:-}"
-  if [ -n "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]; then
+  if _is_active "$extra"; then
     _use_active "$extra"
   else
     _use_own "$extra"

@@ -25,8 +25,8 @@ LAYERS: tuple[tuple[str, str], ...] = (
     ("rows", "data.raw_rows data.readers data.table_rows data.json_rows data.formats data.turns"),
     ("text", "chat.render chat.text chat.pieces chat.templates chat.encoding"),
     ("options", "recipe args"),
-    ("facts", "packing flops hardware known_models samples data.tally logs"),
     ("demo", "demo.conversations demo.model"),
+    ("facts", "packing flops hardware known_models samples data.tally logs"),
     ("packages", "data chat demo"),
 )  # fmt: skip
 

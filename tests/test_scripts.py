@@ -245,3 +245,20 @@ def test_half_made_environment_is_made_anew(clone, tmp_path):
     done = bash(clone / "qwen3_sft.sh", PATH=path)
     assert done.returncode == 1
     assert f"-m venv --clear {clone}/.venv" in log.read_text(encoding="utf-8").splitlines()
+
+
+def test_package_of_another_clone_does_not_count(clone, tmp_path, ready_venv):
+    done = bash(clone / "qwen3_sft.sh", **activated(ready_venv))
+    assert done.returncode == 2, done.stdout
+    assert f"lacks the package of this folder,\n[qwen3-sft] {clone}" in done.stderr
+
+
+def test_condas_base_is_not_meant(clone, tmp_path, empty_venv):
+    """Base is active in every shell of conda's users; an own environment is made beside it."""
+    path = only(tmp_path / "bin", "flock")
+    for name in ("python3", "python", "python3.12", "python3.11"):
+        stand_in(tmp_path / "bin", name, "exit 1")
+    base = {"CONDA_PREFIX": str(empty_venv), "PATH": path}
+    assert "no Python 3.11" in bash(clone / "qwen3_sft.sh", CONDA_DEFAULT_ENV="base", **base).stderr
+    named = bash(clone / "qwen3_sft.sh", CONDA_DEFAULT_ENV="mine", **base)
+    assert f"{empty_venv} is active" in named.stderr
