@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 
 import numpy as np
+from provenance import provenance
 
 from qwen3_sft.packing import pack
 
@@ -48,8 +48,8 @@ def main() -> None:
             f"{result['seconds']:.2f} s, fill {result['fill']:.4%}"
         )
     report = {
-        "device": f"{platform.machine()} CPU, 1 thread",
-        "python": platform.python_version(),
+        "benchmark": "pack",
+        **provenance(),
         "numpy": np.__version__,
         "lengths": "lognormal(5.6, 0.9), seed 0, cut to 8..max_length",
         "results": results,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from provenance import provenance
 from transformers import AutoModelForCausalLM, PrinterCallback, Qwen3MoeConfig
 
 import monkey_patch
@@ -34,7 +34,6 @@ from qwen3_sft.metrics import MetricsFile
 from qwen3_sft.model import choose_attention
 from qwen3_sft.packing import PackedDataset
 from qwen3_sft.patches import choose_patches
-from qwen3_sft.run_folder import versions
 from qwen3_sft.trainer import SftTrainer
 
 WARM_UP, STEPS = 5, 20
@@ -135,14 +134,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     set_up_logging()
     experts = ["scatter_moe", *(["grouped_mm"] if options.compare else [])]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     result = {
         "benchmark": "step",
-        "device": device_info().name,
-        "commit": commit,
-        "versions": versions(),
+        **provenance(),
         "options": {k: v for k, v in vars(options).items() if k != "out"},
         "warm_up_steps": WARM_UP,
         "counted_steps": STEPS,
