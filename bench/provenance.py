@@ -11,13 +11,18 @@ from qwen3_sft.run_folder import versions
 
 
 def provenance() -> dict[str, Any]:
-    """Return the device, the commit (`-dirty` with local changes) and the versions."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    described = subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    """Return the device, the commit (`-dirty` if code differs from it) and the versions."""
+    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    is_dirty = bool(_git("status", "--porcelain", "--", ":/", ":!/bench/results"))
     return {
         "device": device_info().name,
-        "commit": described.stdout.strip() or "unknown",
+        "commit": f"{commit}-dirty" if is_dirty else commit,
         "versions": versions(),
     }
+
+
+def _git(*words: str) -> str:
+    command = ["git", *words]
+    folder = Path(__file__).parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
