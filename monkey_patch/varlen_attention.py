@@ -10,6 +10,7 @@ host synchronisation and a (T, T) mask per layer.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ IMPLEMENTATION = "torch_varlen"
 
 # Decoders that hand position_ids and the cu_seq_lens on to the attention function.
 _MODEL_TYPES = ("qwen3_moe", "qwen3_vl_moe_text")
+_DECODERS = ("Qwen3MoeModel", "Qwen3VLMoeTextModel")
 
 
 def attention_forward(
@@ -61,7 +63,7 @@ def _check_packed(
 ) -> None:
     if query.shape[2] != key.shape[2]:
         raise ValueError("cu_seq_lens_q with a KV cache; set use_cache=False or leave it out")
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.numel() > 0:
         raise ValueError(
             "cu_seq_lens_q together with an attention_mask that hides tokens: leave the mask out "
             "and make the padding a document of its own"
@@ -135,8 +137,21 @@ def register() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, mask_function)
 
 
+def packed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a decoder's forward; with cu_seq_lens, without asking the device about the positions.
+
+    Transformers looks whether position_ids restart, which waits for the device once per forward. A
+    mask of four dimensions is taken as it is, so an empty one answers beforehand: nothing to build.
+    """
+    cu_seq_lens = kwargs.get("cu_seq_lens_q")
+    has_mask = len(args) > 1 or kwargs.get("attention_mask") is not None
+    if isinstance(cu_seq_lens, torch.Tensor) and not has_mask:
+        kwargs["attention_mask"] = cu_seq_lens.new_empty((0, 0, 0, 0))
+    return type(self).forward(self, *args, **kwargs)
+
+
 def plan(model: Any) -> Iterator[Replacement]:
-    """Yield the attribute of the text config that names the attention implementation."""
+    """Yield the text config's name of the attention, and the forward of each decoder."""
     config = model.config.get_text_config()
     if config.model_type not in _MODEL_TYPES:
         raise PatchError(
@@ -150,6 +165,9 @@ def plan(model: Any) -> Iterator[Replacement]:
         )
     where = type(config).__name__
     yield Replacement(config, "_attn_implementation_internal", IMPLEMENTATION, where)
+    for name, module in model.named_modules():
+        if type(module).__name__ in _DECODERS:
+            yield Replacement(module, "forward", MethodType(packed_forward, module), name)
 
 
 VARLEN_ATTENTION = Patch(

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 import monkey_patch
-from qwen3_sft.args import DataArguments
+from qwen3_sft.args import DataArguments, TrainArguments
 from qwen3_sft.build import build_trainer
 from qwen3_sft.checkpoint import CheckpointError
 from qwen3_sft.completions import before_and_after
@@ -22,7 +22,7 @@ from qwen3_sft.demo.build import resolve_demo
 from qwen3_sft.dry_run import dry_run
 from qwen3_sft.export import ExportError, export_model
 from qwen3_sft.hardware import device_info
-from qwen3_sft.leak_test import LeakError, leak_test
+from qwen3_sft.isolation import LeakError, check_isolation
 from qwen3_sft.model import (
     ModelError,
     choose_attention,
@@ -80,12 +80,7 @@ def run(options: Options) -> int:
     # Before TrainingArguments exist, hence outside any process group: this may take hours.
     train_tokens, eval_tokens = _prepare_data(data, tokenizer, options.train_values["seed"])
 
-    if options.model.dtype == "auto" and torch.cuda.is_available():
-        options.train_values["bf16"] = torch.cuda.is_bf16_supported()
-    _default_evaluation(options.train_values, has_eval=eval_tokens is not None)
-    args = options.train_arguments()
-    set_seed(args.seed)
-
+    args = _train_arguments(options, has_eval=eval_tokens is not None)
     weights = torch.bfloat16 if options.model.dtype == "bfloat16" else torch.float32
     compute = torch.bfloat16 if args.bf16 else weights
     attention, reason = choose_attention(options.model.attn_implementation, args.device, compute)
@@ -98,8 +93,11 @@ def run(options: Options) -> int:
         args, model, tokenizer, train_tokens, eval_tokens, data, folder, checkpoint
     )
     if trainer.is_world_process_zero():
-        _write_records(folder, options, train_tokens, trainer, patches.counts, attention)
-    report = leak_test(
+        _write_records(folder, options, trainer, patches.counts, attention)
+        folder.write_json("data_report.json", train_tokens.report)
+        if data.eval_dataset and eval_tokens is not None:
+            folder.write_json("eval_data_report.json", eval_tokens.report)
+    report = check_isolation(
         model, trainer.first_row(), data.max_length, tokenizer.pad_token_id,
         autocast=torch.bfloat16 if args.bf16 else None,
     )  # fmt: skip
@@ -141,6 +139,17 @@ def _prepare_data(
     return tokens, None
 
 
+def _train_arguments(options: Options, *, has_eval: bool) -> TrainArguments:
+    """Fill in the defaults that depend on device and data, then join the process group."""
+    values = options.train_values
+    if options.model.dtype == "auto" and torch.cuda.is_available() and not values["use_cpu"]:
+        values["bf16"] = torch.cuda.is_bf16_supported()
+    _default_evaluation(values, has_eval=has_eval)
+    args = options.train_arguments()
+    set_seed(args.seed)
+    return args
+
+
 def _default_evaluation(values: dict[str, Any], *, has_eval: bool) -> None:
     """Evaluate as often as a checkpoint is written unless the recipe says otherwise."""
     strategy = str(values["eval_strategy"])
@@ -158,14 +167,12 @@ def _default_evaluation(values: dict[str, Any], *, has_eval: bool) -> None:
 def _write_records(
     folder: RunFolder,
     options: Options,
-    tokens: TokenDataset,
     trainer: SftTrainer,
     patches: dict[str, int],
     attention: str,
 ) -> None:
     info = device_info()
     folder.write_config(options.resolved())
-    folder.write_json("data_report.json", tokens.report)
     folder.write_json(
         "environment.json",
         {

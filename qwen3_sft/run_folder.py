@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -79,6 +80,8 @@ def choose_checkpoint(run: RunFolder, resume: str) -> Path | None:
         CheckpointError: the named checkpoint is damaged.
     """
     if resume == "never":
+        if int(os.environ.get("RANK", "0")):
+            return None  # rank 0 decides, and may have begun to write by now
         used = [p.name for p in run.path.iterdir()] if run.path.is_dir() else []
         if used:
             raise UsageError(

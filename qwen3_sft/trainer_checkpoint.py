@@ -132,6 +132,13 @@ class CheckpointedTrainer(Trainer):
             )  # fmt: skip
         load_weights(self.model, Path(resume_from_checkpoint))
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Upstream trains one step too many when it resumes from the last checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Upstream goes on without a word when a file is missing.
 

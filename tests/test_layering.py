@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, str], ...] = (
     ("start", "launch train"),
     ("one run", "run build dry_run"),
     ("verbs", "export data.inspection"),
-    ("training", "trainer trainer_checkpoint checkpoint completions leak_test run_folder"),
+    ("training", "trainer trainer_checkpoint checkpoint completions isolation run_folder"),
     ("parts", "model patches metrics collator demo.build"),
     ("tokens", "data.prepare data.report data.token_store data.tokenize_rows data.cache_key"),
     ("rows", "data.raw_rows data.readers data.table_rows data.json_rows data.formats data.turns"),

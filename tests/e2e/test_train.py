@@ -203,3 +203,21 @@ def test_export_of_a_checkpoint(base, tmp_path):
     succeeds(cli("export", tmp_path / "run" / "checkpoint-2", tmp_path / "out"))
     tensors = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     assert {str(t.dtype) for t in tensors.values()} == {"torch.bfloat16"}
+
+
+def test_a_run_killed_during_export_only_exports(base, tmp_path):
+    data, _ = sharegpt(tmp_path)
+    out = tmp_path / "run"
+    train = (
+        "train", "--model_name_or_path", base, "--dataset", data, "--max_length", 256,
+        "--max_steps", 3, "--data_cache_dir", tmp_path / "cache", "--output_dir", out,
+        "--save_steps", 3, "--lr_scheduler_type", "constant",
+    )  # fmt: skip
+    succeeds(cli(*train))
+    weights, records = out / "model" / "model.safetensors", metrics(out)
+    before = weights.read_bytes()
+    (out / "summary.json").unlink()
+    weights.unlink()
+    succeeds(cli(*train))
+    assert weights.read_bytes() == before
+    assert metrics(out) == records

@@ -131,7 +131,7 @@ def test_no_mask_is_built_for_a_packed_row(model, packed):
         lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
     model(packed.ids, **packed.isolation, **packed.lengths)
-    assert masks == [None]
+    assert [mask.numel() for mask in masks] == [0]
 
 
 def test_keywords_that_cannot_be_honoured_are_refused(model, packed):
@@ -175,3 +175,17 @@ def test_works_under_activation_checkpointing(model, unpatched, packed):
     _packed_gradients(unpatched, packed)
     for (name, a), e in zip(model.named_parameters(), unpatched.parameters(), strict=True):
         assert_close(a.grad, e.grad, name=name)
+
+
+def test_packed_rows_do_not_ask_the_device_about_positions(model, packed, monkeypatch):
+    from transformers import masking_utils
+
+    def asked(position_ids):
+        raise AssertionError("this waits for the device")
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", asked)
+    isolation = {**packed.isolation, "use_cache": False}
+    with pytest.raises(AssertionError, match="waits"):
+        model(packed.ids, **isolation)
+    apply_patches(model, ["varlen_attention"])
+    model(packed.ids, **isolation, **packed.lengths)

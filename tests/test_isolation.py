@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import monkey_patch
-from qwen3_sft.leak_test import LeakError, leak_test
+from qwen3_sft.isolation import LeakError, check_isolation
 from tests.training import Documents
 
 
@@ -20,7 +20,7 @@ def test_isolated_documents_pass(tiny_moe, tokenizer, row, attention, autocast):
         monkey_patch.apply_patches(tiny_moe, ["varlen_attention"])
     else:
         tiny_moe.set_attn_implementation(attention)
-    report = leak_test(tiny_moe, row, 256, tokenizer.pad_token_id, autocast)
+    report = check_isolation(tiny_moe, row, 256, tokenizer.pad_token_id, autocast)
     assert report.documents == 5
     assert report.worst < (1e-5 if autocast is None else 0.05)
     assert report.loss_packed == pytest.approx(
@@ -41,12 +41,12 @@ def test_a_leak_is_refused(tiny_moe, tokenizer, row, autocast):
         for layer in tiny_moe.model.layers:
             layer.self_attn.v_proj.weight *= 20
     with pytest.raises(LeakError, match="--no_packing"):
-        leak_test(tiny_moe, row, 256, tokenizer.pad_token_id, autocast)
+        check_isolation(tiny_moe, row, 256, tokenizer.pad_token_id, autocast)
 
 
 def test_the_model_is_left_as_it_was(tiny_moe, tokenizer, row):
     tiny_moe.train()
     before = copy.deepcopy(tiny_moe.state_dict())
-    leak_test(tiny_moe, row, 256, tokenizer.pad_token_id)
+    check_isolation(tiny_moe, row, 256, tokenizer.pad_token_id)
     assert tiny_moe.training
     assert all(torch.equal(before[k], v) for k, v in tiny_moe.state_dict().items())

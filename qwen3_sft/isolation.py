@@ -59,7 +59,7 @@ class LeakReport:
 
 
 @torch.no_grad()
-def leak_test(
+def check_isolation(
     model: PreTrainedModel,
     row: Sequence[Document],
     max_length: int,

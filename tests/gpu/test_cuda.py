@@ -1,0 +1,132 @@
+"""What only a CUDA device can show; `bash bench/gpu.sh` runs it."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import monkey_patch
+from monkey_patch.kernels.linear_cross_entropy import linear_cross_entropy_sum
+from monkey_patch.kernels.linear_cross_entropy.reference import linear_cross_entropy_sum_reference
+from monkey_patch.kernels.scatter_moe import scatter_moe
+from monkey_patch.kernels.scatter_moe.reference import scatter_moe_reference
+from monkey_patch.kernels.varlen_attention import varlen_attention
+from monkey_patch.kernels.varlen_attention.reference import varlen_attention_reference
+from qwen3_sft.args import ModelArguments
+from qwen3_sft.demo.model import write_checkpoint
+from qwen3_sft.isolation import check_isolation
+from qwen3_sft.model import load_model
+from tests.oracle import assert_close
+from tests.training import PATCHES, Documents, make_trainer, nll_sum
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda")
+BF16 = torch.bfloat16
+
+
+def compare(run, reference, tensors, dtype):
+    """Compare output and every gradient with the reference in float64."""
+    inputs = [t.to(CUDA, dtype).requires_grad_() for t in tensors]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    out, truth = run(*inputs), reference(*exact)
+    direction = torch.randn_like(truth)
+    out.backward(direction.to(out.dtype))
+    truth.backward(direction)
+    assert_close(out, truth, name="out", rms=None if out.dtype == dtype else 2e-2)
+    for index, (a, e) in enumerate(zip(inputs, exact, strict=True)):
+        assert_close(a.grad, e.grad, name=f"gradient {index}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_scatter_moe(dtype):
+    tokens, hidden, width, experts, top_k = 500, 256, 128, 16, 4
+    index = torch.randint(0, experts + 1, (tokens, top_k), device=CUDA)  # some are sentinels
+    tensors = (
+        torch.randn(tokens, hidden),
+        torch.randn(experts, 2 * width, hidden) / 16,
+        torch.randn(experts, hidden, width) / 12,
+        torch.rand(tokens, top_k),
+    )
+    torch.backends.cuda.matmul.allow_tf32 = False
+    compare(
+        lambda x, up, down, w: scatter_moe(x, up, down, index, w),
+        lambda x, up, down, w: scatter_moe_reference(x, up, down, index, w),
+        tensors,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16, torch.float32])
+def test_varlen_attention(dtype):
+    ends = torch.tensor([0, 1, 18, 18, 150, 400], dtype=torch.int32, device=CUDA)
+    tensors = tuple(torch.randn(heads, 400, 64) for heads in (8, 2, 2))
+    compare(
+        lambda q, k, v: varlen_attention(q, k, v, ends, 250, 0.125),
+        lambda q, k, v: varlen_attention_reference(q, k, v, ends, 0.125),
+        tensors,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_linear_cross_entropy(dtype):
+    targets = torch.randint(0, 3000, (700,), device=CUDA)
+    compare(
+        lambda hidden, weight: linear_cross_entropy_sum(hidden, weight, targets, chunk_tokens=256),
+        lambda hidden, weight: linear_cross_entropy_sum_reference(hidden, weight, targets),
+        (torch.randn(700, 128), torch.randn(3000, 128) / 8),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("use_liger", [False, True])
+def test_patched_model_equals_the_plain_one(tokenizer, tmp_path, use_liger):
+    write_checkpoint(tmp_path / "base", tokenizer)
+    options = ModelArguments(use_liger=use_liger)
+    model = load_model(tmp_path / "base", options, CUDA, torch.float32, "torch_varlen").to(CUDA)
+    plain = copy.deepcopy(model).cpu() if not use_liger else None
+    monkey_patch.apply_patches(model, PATCHES)
+    documents = Documents(6, len(tokenizer)).documents
+    report = check_isolation(model, documents, 256, tokenizer.pad_token_id, BF16)
+    assert report.documents == 6
+    if plain is not None:
+        held_out = Documents(6, len(tokenizer))
+        total, count = nll_sum(plain, held_out)
+        assert report.loss_packed == pytest.approx((total / count).item(), rel=2e-2)
+
+
+def test_training_waits_for_the_device_once_per_step(tiny_moe, tokenizer, tmp_path):
+    trainer = make_trainer(
+        tiny_moe, tokenizer, tmp_path, max_steps=3, gradient_accumulation_steps=4, use_cpu=False,
+        bf16=True, logging_steps=100, max_grad_norm=1.0,
+    )  # fmt: skip
+    inside = []
+    step = trainer.training_step
+
+    def watched(*args, **kwargs):
+        torch.cuda.set_sync_debug_mode("error" if trainer.state.global_step else "default")
+        try:
+            return step(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            inside.append(trainer.state.global_step)
+
+    trainer.training_step = watched
+    trainer.train()
+    assert len(inside) == 12
+
+
+@pytest.mark.parametrize("weights", [torch.float32, BF16])
+def test_training_lowers_the_loss(tiny_moe, tokenizer, tmp_path, weights):
+    trainer = make_trainer(
+        tiny_moe.to(weights), tokenizer, tmp_path, max_steps=30, use_cpu=False, bf16=True,
+        documents=Documents(4, len(tokenizer)),
+    )  # fmt: skip
+    trainer.train()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert records[-1]["loss"] < 0.7 * records[0]["loss"]
+    assert records[-1]["peak_memory_gib"] > 0
