@@ -30,7 +30,7 @@ from qwen3_sft.demo.model import tiny_config
 from qwen3_sft.hardware import device_info
 from qwen3_sft.known_models import KNOWN_CONFIGS
 from qwen3_sft.logs import set_up_logging
-from qwen3_sft.metrics import MetricsFile
+from qwen3_sft.metrics import StepLines
 from qwen3_sft.model import choose_attention
 from qwen3_sft.packing import PackedDataset
 from qwen3_sft.patches import choose_patches
@@ -78,7 +78,7 @@ def measure(options: argparse.Namespace, experts: str) -> dict[str, Any]:
             ),
             router_statistics=monkey_patch.router_statistics(model),
             peak_flops=device_info().peak_flops["fp32" if options.dtype == "float32" else "bf16"],
-            metrics_file=MetricsFile(Path(folder) / "metrics.jsonl"), run_facts={},
+            metrics_file=StepLines(Path(folder) / "metrics.jsonl"), run_facts={},
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()

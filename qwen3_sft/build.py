@@ -23,7 +23,7 @@ from qwen3_sft.collator import PackedCollator
 from qwen3_sft.completions import CompletionCallback, pick_prompts
 from qwen3_sft.data.prepare import TokenDataset
 from qwen3_sft.hardware import device_info
-from qwen3_sft.metrics import MetricsFile
+from qwen3_sft.metrics import StepLines
 from qwen3_sft.packing import PackedDataset
 from qwen3_sft.run_folder import RunFolder, versions
 from qwen3_sft.trainer import SftTrainer
@@ -74,6 +74,7 @@ def build_trainer(
     args.disable_tqdm = True  # our own line per step says more
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type == "cuda"
     first = args.process_index == 0
+    resume_step = None if checkpoint is None else step_of(checkpoint)
     trainer = SftTrainer(
         model=model,
         args=args,
@@ -81,10 +82,10 @@ def build_trainer(
         data_collator=PackedCollator(data.max_length, tokenizer.pad_token_id),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        callbacks=_callbacks(args, train_rows, eval_tokens, tokenizer, data, folder),
+        callbacks=_callbacks(args, train_rows, eval_tokens, tokenizer, data, folder, resume_step),
         router_statistics=statistics,
         peak_flops=_peak_flops(args, model),
-        metrics_file=MetricsFile(folder.metrics, _resume_step(checkpoint)) if first else None,
+        metrics_file=StepLines(folder.metrics, resume_step) if first else None,
         run_facts={"data_key": train_tokens.folder.name, "versions": versions()},
     )
     trainer.remove_callback(PrinterCallback)
@@ -101,15 +102,19 @@ def _callbacks(
     tokenizer: PreTrainedTokenizerBase,
     data: DataArguments,
     folder: RunFolder,
+    resume_step: int | None,
 ) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [EpochCallback(train_rows)]
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-    if eval_tokens is not None and args.num_samples:
+    if eval_tokens is not None and args.num_samples and args.process_index == 0:
         prompts = pick_prompts(eval_tokens, tokenizer, args.num_samples, data.max_length)
         callbacks.append(
-            CompletionCallback(folder.samples, prompts, tokenizer, args.sample_max_new_tokens)
-        )
+            CompletionCallback(
+                StepLines(folder.samples, resume_step), prompts, tokenizer,
+                args.sample_max_new_tokens, resume_step,
+            )
+        )  # fmt: skip
     return callbacks
 
 
@@ -128,7 +133,3 @@ class EpochCallback(TrainerCallback):
 def _peak_flops(args: TrainArguments, model: PreTrainedModel) -> float | None:
     is_bf16 = args.bf16 or model.dtype == torch.bfloat16
     return device_info().peak_flops["bf16" if is_bf16 else "fp32"]
-
-
-def _resume_step(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else step_of(checkpoint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-logger = logging.getLogger(__name__)
+from qwen3_sft.metrics import StepLines
 
 
 class TokenSamples(Protocol):
@@ -91,20 +90,24 @@ def complete(
 
 
 class CompletionCallback(TrainerCallback):
-    """Write completions to samples.jsonl at the start, at each evaluation and at the end."""
+    """Write completions to samples.jsonl at the start, at each evaluation and at the end.
+
+    On rank 0 only; the others wait for it at their next collective.
+    """
 
     def __init__(
         self,
-        path: Path,
+        lines: StepLines,
         prompts: Sequence[Prompt],
         tokenizer: Any,
         max_new_tokens: int,
+        resume_step: int | None,
     ) -> None:
         """Remember what to ask; `trainer` is set by the caller once it exists."""
-        self.path, self.prompts, self.tokenizer = path, prompts, tokenizer
+        self.lines, self.prompts, self.tokenizer = lines, prompts, tokenizer
         self.max_new_tokens = max_new_tokens
         self.trainer: Any = None
-        self._last_step = -1
+        self._last_step = resume_step  # answered before the run was interrupted
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask before the first step."""
@@ -119,21 +122,21 @@ class CompletionCallback(TrainerCallback):
         self._ask(state)
 
     def _ask(self, state: Any) -> None:
-        if not state.is_world_process_zero or state.global_step == self._last_step:
+        if state.global_step == self._last_step:
             return
         self._last_step = state.global_step
         with self.trainer.pause_metrics():
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             answers = complete(model, self.tokenizer, self.prompts, self.max_new_tokens)
-        with self.path.open("a", encoding="utf-8") as file:
-            for prompt, answer in zip(self.prompts, answers, strict=True):
-                record = {
+        for prompt, answer in zip(self.prompts, answers, strict=True):
+            self.lines.write(
+                {
                     "step": state.global_step,
                     "prompt": prompt.text,
                     "completion": answer,
                     "reference": prompt.reference,
                 }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            )
 
 
 def before_and_after(path: Path) -> str:

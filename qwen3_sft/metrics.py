@@ -103,22 +103,24 @@ def throughput(
     }
 
 
-class MetricsFile:
-    """metrics.jsonl of a run folder. A full disk costs the file, not the run."""
+class StepLines:
+    """JSON lines with a `step`, such as metrics.jsonl. A full disk costs the file, not the run."""
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Open for appending; lines after `resume_step` are dropped, they will be written anew."""
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        """Start anew, or keep what a resumed run wrote up to the step it resumes from."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
-        if path.exists() and resume_step:
+        if path.exists() and resume_step is not None:
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step(line) <= resume_step]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; a non-finite value becomes a string, JSON has no word for it."""
-        line = json.dumps({key: _json_number(value) for key, value in record.items()})
+        line = json.dumps(
+            {key: _json_number(value) for key, value in record.items()}, ensure_ascii=False
+        )
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")

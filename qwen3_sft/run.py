@@ -146,6 +146,15 @@ def _train_arguments(options: Options, *, has_eval: bool) -> TrainArguments:
         values["bf16"] = torch.cuda.is_bf16_supported()
     _default_evaluation(values, has_eval=has_eval)
     args = options.train_arguments()
+    if args.n_gpu > 1:
+        raise UsageError(
+            f"{args.n_gpu} GPUs are visible to one process: launch with config/ddp.json, or choose "
+            "one with CUDA_VISIBLE_DEVICES=0"
+        )
+    if options.model.dtype == "bfloat16":
+        logger.warning(
+            "weights in bfloat16: AdamW's small updates are rounded away; --dtype auto keeps them"
+        )
     set_seed(args.seed)
     return args
 

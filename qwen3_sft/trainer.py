@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainerState
 
 from qwen3_sft.collator import BatchStats
 from qwen3_sft.flops import ModelFlops, train_flops
 from qwen3_sft.hardware import memory_stats
-from qwen3_sft.metrics import KEYS, MemoryWatch, MetricsFile, Window, log_line, throughput
+from qwen3_sft.metrics import KEYS, MemoryWatch, StepLines, Window, log_line, throughput
 from qwen3_sft.packing import Document, PackedDataset
 from qwen3_sft.trainer_checkpoint import CheckpointedTrainer
 
@@ -30,6 +31,17 @@ logger = logging.getLogger(__name__)
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a NaN or Inf loss or gradient."""
+
+
+class _Clock(TrainerCallback):
+    """Begin to count when the first step begins: set-up and loading are not training time."""
+
+    def __init__(self, trainer: SftTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.trainer.window = Window()
+        self.trainer._steps_at_last_record = state.global_step
 
 
 class SftTrainer(CheckpointedTrainer):
@@ -44,7 +56,7 @@ class SftTrainer(CheckpointedTrainer):
         *,
         router_statistics: Any,
         peak_flops: float | None,
-        metrics_file: MetricsFile | None,
+        metrics_file: StepLines | None,
         **kwargs: Any,
     ) -> None:
         """Set up counters beside the Trainer's own state.
@@ -68,6 +80,7 @@ class SftTrainer(CheckpointedTrainer):
         self._step_loss = torch.zeros((), device=self.args.device)
         self._step_tokens = torch.ones((), device=self.args.device)
         self._steps_at_last_record = 0
+        self.add_callback(_Clock(self))
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         if self.args.world_size > 1:

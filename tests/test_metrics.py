@@ -7,7 +7,7 @@ import pytest
 
 from qwen3_sft.collator import BatchStats
 from qwen3_sft.hardware import MemoryStats
-from qwen3_sft.metrics import MemoryWatch, MetricsFile, Window, duration, log_line, throughput
+from qwen3_sft.metrics import MemoryWatch, StepLines, Window, duration, log_line, throughput
 
 
 def test_throughput_counts_real_tokens_over_all_gpus():
@@ -41,20 +41,20 @@ def test_resume_drops_the_lines_that_will_be_written_again(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     for step in range(1, 6):
         if step == 1:
-            file = MetricsFile(path)
+            file = StepLines(path)
         file.write({"step": step, "loss": math.nan if step == 2 else 1.0})
     with path.open("a") as cut:
         cut.write('{"step": 6, "lo')  # killed while writing
-    MetricsFile(path, resume_step=3).write({"step": 4})
+    StepLines(path, resume_step=3).write({"step": 4})
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3, 4]
     assert records[1]["loss"] == "nan"
-    MetricsFile(path)
+    StepLines(path)
     assert path.read_text() == ""
 
 
 def test_a_metrics_file_that_cannot_be_written_does_not_stop_the_run(tmp_path, caplog):
-    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file = StepLines(tmp_path / "metrics.jsonl")
     file.path = tmp_path  # a folder: opening it for writing fails
     logging.getLogger("qwen3_sft").propagate = True
     file.write({"step": 1})

@@ -15,7 +15,7 @@ import monkey_patch
 from qwen3_sft.args import TrainArguments
 from qwen3_sft.build import EpochCallback
 from qwen3_sft.collator import PackedCollator
-from qwen3_sft.metrics import MetricsFile
+from qwen3_sft.metrics import StepLines
 from qwen3_sft.packing import PackedDataset
 from qwen3_sft.trainer import SftTrainer
 
@@ -79,7 +79,7 @@ def make_trainer(
         callbacks=[EpochCallback(rows), *callbacks],
         router_statistics=statistics,
         peak_flops=None,
-        metrics_file=MetricsFile(folder / "metrics.jsonl"),
+        metrics_file=StepLines(folder / "metrics.jsonl"),
         run_facts={"data_key": "test"},
     )
     trainer.remove_callback(PrinterCallback)
