@@ -11,6 +11,16 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2
   echo "bench/gpu.sh: no CUDA GPU (or no torch that sees one) on this machine; nothing was run" >&2
   exit 3
 fi
+missing="$("$python" - <<'PYTHON'
+import importlib.util
+names = "transformers accelerate datasets trl tokenizers safetensors xxhash pyarrow filelock yaml pytest liger_kernel"
+print(*(name for name in names.split() if importlib.util.find_spec(name) is None))
+PYTHON
+)"
+if [ -n "$missing" ]; then
+  echo "bench/gpu.sh: not installed: $missing (pip install -c constraints.txt -e '.[dev]')" >&2
+  exit 3
+fi
 out="${OUT:-bench/results/gpu}"
 mkdir -p "$out"
 failed=0
@@ -33,6 +43,7 @@ step step_30b_4l_4k 100 "$python" bench/step.py --model 30b --layers 4 --max_len
   --dtype autocast --compare --out "$out/step_30b_4l_4k.json"
 step step_30b_8l_bf16 120 "$python" bench/step.py --model 30b --layers 8 --max_length 4096 --batch 4 \
   --dtype bfloat16 --compare --out "$out/step_30b_8l_bf16.json"
-step demo_run 120 "$python" -m qwen3_sft.cli train --config config/recipe/demo.yaml --output_dir "$out/../../../runs/gpu_demo"
+step demo_run 120 "$python" -m qwen3_sft.cli train --config config/recipe/demo.yaml \
+  --output_dir "$(mktemp -d)/demo"
 cat "$out"/*.json
 exit "$failed"

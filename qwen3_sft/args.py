@@ -140,6 +140,9 @@ class TrainArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "keep False: the collator's fields are all used"}
     )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "early stopping goes on counting after a resume"}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept"})
     resume: str = field(
         default="auto",

@@ -58,10 +58,12 @@ def build_trainer(
         train_tokens, data.max_length, packing=data.packing, seed=args.seed,
         rows_multiple_of=per_step,
     )  # fmt: skip
-    eval_rows = eval_tokens and PackedDataset(
-        eval_tokens, data.max_length, packing=data.packing, seed=args.seed,
-        rows_multiple_of=args.world_size * args.per_device_eval_batch_size,
-    )  # fmt: skip
+    eval_rows = None
+    if eval_tokens is not None:
+        eval_rows = PackedDataset(
+            eval_tokens, data.max_length, packing=data.packing, seed=args.seed,
+            rows_multiple_of=args.world_size * args.per_device_eval_batch_size,
+        )  # fmt: skip
     logger.info(
         "data: %d samples in %d rows of %d tokens (%.2f%% full); one step = %d processes x %d "
         "rows x %d accumulated = %s tokens", len(train_tokens), len(train_rows), data.max_length,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 USAGE = """usage: qwen3-sft COMMAND ...
 
@@ -46,31 +49,39 @@ def _train_help() -> int:
 
 
 def _inspect(argv: list[str]) -> int:
-    """Print samples as text or as JSON lines."""
-    from qwen3_sft.logs import set_up_logging
-
-    set_up_logging()
+    """Print samples as text or as JSON lines; what libraries print goes to standard error."""
     parser = argparse.ArgumentParser(prog="qwen3-sft data inspect", add_help=False)
     parser.add_argument("-n", type=int, default=5)
     parser.add_argument("--format", choices=("text", "json"), default="text")
     own, rest = parser.parse_known_args(argv)
+    output = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        from qwen3_sft.logs import set_up_logging
 
+        set_up_logging(sys.stderr)
+        from qwen3_sft.model import ModelError
+        from qwen3_sft.recipe import UsageError
+        from qwen3_sft.samples import DataError
+
+        try:
+            for line in _inspected(rest, own.n, own.format, color=output.isatty()):
+                print(line, file=output)
+        except (UsageError, DataError, ModelError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def _inspected(argv: list[str], n: int, fmt: Any, *, color: bool) -> Iterator[str]:
     from qwen3_sft.data.inspection import inspect
     from qwen3_sft.demo.build import resolve_demo
-    from qwen3_sft.model import ModelError, load_tokenizer, resolve_tokenizer
-    from qwen3_sft.recipe import UsageError, parse_options
-    from qwen3_sft.samples import DataError
+    from qwen3_sft.model import load_tokenizer, resolve_tokenizer
+    from qwen3_sft.recipe import parse_options
 
-    try:
-        options = parse_options(rest)
-        model, data = resolve_demo(options.model.model_name_or_path, options.data)
-        tokenizer = load_tokenizer(resolve_tokenizer(model, options.model.model_revision))
-        for line in inspect(data, tokenizer, own.n, own.format, color=sys.stdout.isatty()):
-            print(line)
-    except (UsageError, DataError, ModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = parse_options(argv)
+    model, data = resolve_demo(options.model.model_name_or_path, options.data)
+    tokenizer = load_tokenizer(resolve_tokenizer(model, options.model.model_revision))
+    yield from inspect(data, tokenizer, n, fmt, color=color)
 
 
 def _export(argv: list[str]) -> int:
@@ -87,7 +98,8 @@ def _export(argv: list[str]) -> int:
     import torch
 
     from qwen3_sft.checkpoint import CheckpointError, verify
-    from qwen3_sft.export import ExportError, export_model
+    from qwen3_sft.export import export_model
+    from qwen3_sft.export_check import ExportError
     from qwen3_sft.model import ModelError, load_strict
 
     try:

@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qwen3_sft.checkpoint import publish
+from qwen3_sft.export_check import Expected, ExportError, check_export, digest, probe
 from qwen3_sft.logs import progress_bars
-from qwen3_sft.model import TOKENIZER_FILES, load_strict
+from qwen3_sft.model import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
-
-
-class ExportError(RuntimeError):
-    """The exported folder does not reproduce the trained model; it was not published."""
 
 
 def export_model(model: Any, base: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -50,9 +49,41 @@ def export_model(model: Any, base: Path, folder: Path, dtype: torch.dtype | None
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (base / name).is_file():
             shutil.copyfile(base / name, staging / name)
-    _verify(staging, model, cast, dtype)
+    expected = Expected({name: digest(tensor) for name, tensor in cast.items()}, probe(model))
+    del cast  # the check loads a second copy
+    verify(staging, expected, is_isolated=model.device.type != "cpu")
     publish(staging, folder)
-    logger.info("exported %s (%s, %d tensors, reloaded and compared)", folder, dtype, len(cast))
+    logger.info(
+        "exported %s (%s, %d tensors, reloaded and compared)", folder, dtype, len(expected.digests)
+    )
+
+
+def verify(folder: Path, expected: Expected, *, is_isolated: bool) -> None:
+    """Reload `folder` and compare.
+
+    Args:
+        folder: the written checkpoint.
+        expected: what the live model holds and says.
+        is_isolated: in a fresh process on the CPU, as somebody else would load it. Needed where a
+            GPU has no room for a second copy or Liger has replaced classes of transformers.
+
+    Raises:
+        ExportError: what differs.
+    """
+    if not is_isolated:
+        check_export(folder, expected)
+        return
+    notes = folder / ".expected"
+    expected.save(notes)
+    command = [sys.executable, "-m", "qwen3_sft.export_check", str(folder), str(notes)]
+    hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {k: v for k, v in os.environ.items() if k not in hidden}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    shutil.rmtree(notes)
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise ExportError(lines[-1] if lines else f"{folder}: the check ended without a word")
 
 
 def base_dtype(base: Path) -> torch.dtype:
@@ -73,33 +104,3 @@ def _write_config(folder: Path, dtype: torch.dtype) -> None:
         "use_cache": True,
     }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _verify(folder: Path, model: Any, expected: dict[str, Tensor], dtype: torch.dtype) -> None:
-    reloaded: Any = load_strict(folder, dtype=dtype)
-    actual = reloaded.state_dict()
-    if actual.keys() != expected.keys():
-        differing = sorted(actual.keys() ^ expected.keys())
-        raise ExportError(f"{folder}: keys differ: {', '.join(differing[:5])}")
-    for name, tensor in expected.items():
-        if actual[name].dtype != tensor.dtype or not torch.equal(actual[name], tensor):
-            raise ExportError(f"{folder}: {name} differs after reloading")
-    del expected, actual
-    want, got = _probe(model), _probe(reloaded.to(model.device))
-    ratio = ((got - want).square().mean() / want.square().mean()).sqrt().item()
-    # The weights are equal bit by bit up to the cast, so only the cast itself may show.
-    limit = 1e-4 if dtype == next(model.parameters()).dtype == torch.float32 else 0.1
-    if not ratio <= limit:
-        raise ExportError(f"{folder}: probe logits differ by {ratio:.2e} (RMS ratio) > {limit:.0e}")
-
-
-@torch.no_grad()
-def _probe(model: Any) -> Tensor:
-    """Logits (1, 16, V) in float32 on fixed tokens."""
-    was_training = model.training
-    model.eval()
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(16, device=model.device) * 7919 % vocabulary)[None]
-    logits = model(input_ids=ids, use_cache=False).logits.float()
-    model.train(was_training)
-    return logits

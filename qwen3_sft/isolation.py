@@ -25,6 +25,7 @@ from qwen3_sft.packing import Document
 _FLOOR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 _MARGIN = 10.0
 _MAX_DOCUMENTS = 8
+_MAX_POSITIONS = 256  # of each document, its first: there a leak is strongest, and logits are large
 
 
 class LeakError(RuntimeError):
@@ -39,7 +40,7 @@ class LeakReport:
         documents: how many were compared; fewer than 2 prove nothing.
         noise: RMS ratio of the first document's logits, which nothing can leak into.
         worst: largest RMS ratio of the others.
-        loss_packed: mean NLL per label over the compared documents, inside the row.
+        loss_packed: mean NLL per label over the compared positions, inside the row.
         loss_separate: the same, each document alone.
     """
 
@@ -108,7 +109,7 @@ def check_isolation(
 def _logits(
     model: PreTrainedModel, row: Sequence[Document], max_length: int, pad_token_id: int
 ) -> list[Tensor]:
-    """Return (length, V) float32 logits of each document on the CPU."""
+    """Return float32 logits on the CPU of each document's first positions, (<= 256, V)."""
     batch = PackedCollator(max_length, pad_token_id)([list(row)])
     keep = {"input_ids", "position_ids"} | {k for k in batch if k.startswith(("cu_", "max_length"))}
     inputs = {
@@ -117,7 +118,8 @@ def _logits(
     length = sum(len(ids) for ids, _ in row)
     hidden = model.model(**inputs, use_cache=False).last_hidden_state[0, :length]
     lengths = [len(ids) for ids, _ in row]
-    return [model.lm_head(part).float().cpu() for part in hidden.split(lengths)]
+    starts = [part[:_MAX_POSITIONS] for part in hidden.split(lengths)]
+    return [model.lm_head(start).float().cpu() for start in starts]
 
 
 def _ratio(actual: Tensor, expected: Tensor) -> float:
@@ -127,8 +129,9 @@ def _ratio(actual: Tensor, expected: Tensor) -> float:
 def _loss(logits: Sequence[Tensor], row: Sequence[Document]) -> float:
     total, count = 0.0, 0
     for scores, (ids, trained) in zip(logits, row, strict=True):
-        targets = torch.from_numpy(ids[1:].astype(np.int64))
-        labelled = torch.from_numpy(trained[1:].copy())
-        nll = F.cross_entropy(scores[:-1], targets, reduction="none")[labelled]
+        predicted = slice(1, len(scores) + 1)
+        targets = torch.from_numpy(ids[predicted].astype(np.int64))
+        labelled = torch.from_numpy(trained[predicted].copy())
+        nll = F.cross_entropy(scores[: len(targets)], targets, reduction="none")[labelled]
         total, count = total + nll.sum().item(), count + nll.numel()
     return total / max(count, 1)

@@ -7,16 +7,17 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 _SLOW_BYTES = 2 << 30  # about two seconds of a good disk
 # They report at import that CUDA extensions for other builds exist, which no user can act on.
 _CHATTY_AT_IMPORT = ("torchao", "torch.utils._pytree")
 
 
-def set_up_logging() -> None:
-    """Send our INFO lines of rank 0, and warnings of all ranks, to standard output."""
+def set_up_logging(stream: TextIO | None = None) -> None:
+    """Send our INFO lines of rank 0, and warnings of all ranks, to `stream` (standard output)."""
     rank = int(os.environ.get("RANK", "0"))
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(stream or sys.stdout)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     for name in ("qwen3_sft", "monkey_patch"):

@@ -20,7 +20,8 @@ from qwen3_sft.data.formats import DataError
 from qwen3_sft.data.prepare import TokenDataset, prepare
 from qwen3_sft.demo.build import resolve_demo
 from qwen3_sft.dry_run import dry_run
-from qwen3_sft.export import ExportError, export_model
+from qwen3_sft.export import export_model
+from qwen3_sft.export_check import ExportError
 from qwen3_sft.hardware import device_info
 from qwen3_sft.isolation import LeakError, check_isolation
 from qwen3_sft.model import (
@@ -144,6 +145,8 @@ def _train_arguments(options: Options, *, has_eval: bool) -> TrainArguments:
     values = options.train_values
     if options.model.dtype == "auto" and torch.cuda.is_available() and not values["use_cpu"]:
         values["bf16"] = torch.cuda.is_bf16_supported()
+    if values["accelerator_config"] is None:
+        values["accelerator_config"] = {"non_blocking": True}  # batches are copied ahead
     _default_evaluation(values, has_eval=has_eval)
     args = options.train_arguments()
     if args.n_gpu > 1:

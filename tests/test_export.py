@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import monkey_patch
 from qwen3_sft.demo.model import write_checkpoint
-from qwen3_sft.export import ExportError, base_dtype, export_model
+from qwen3_sft.export import base_dtype, export_model, verify
+from qwen3_sft.export_check import Expected, ExportError, digest, probe
 from tests.oracle import assert_close
 from tests.training import PATCHES
 
@@ -63,12 +64,43 @@ def test_default_dtype_is_the_base_models(base, tmp_path):
         assert base_dtype(base) == torch.bfloat16
 
 
-def test_export_that_does_not_reload_is_not_published(base, tmp_path):
+@pytest.mark.parametrize("is_isolated", [False, True])
+@pytest.mark.parametrize("damage", [None, "weight", "key", "logits"])
+def test_the_check_finds_what_differs(base, damage, is_isolated):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    digests = {name: digest(tensor) for name, tensor in model.state_dict().items()}
+    expected = Expected(digests, probe(model))
+    if damage == "weight":
+        digests["model.layers.1.mlp.experts.down_proj"] = "0"
+        words = r"layers\.1\.mlp\.experts\.down_proj differs"
+    elif damage == "key":
+        del digests["model.norm.weight"]
+        words = r"keys differ: model\.norm\.weight"
+    elif damage == "logits":
+        expected.logits[0, 3] += 1
+        words = "probe logits differ"
+    if damage is None:
+        verify(base, expected, is_isolated=is_isolated)
+    else:
+        with pytest.raises(ExportError, match=words):
+            verify(base, expected, is_isolated=is_isolated)
+    assert not (base / ".expected").exists()
+
+
+def test_a_model_that_says_nothing_finite_is_not_published(base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").touch()
     with torch.no_grad():
-        model.lm_head.weight[0, 0] = float("nan")  # NaN is not equal to itself after reloading
-    with pytest.raises(ExportError, match=r"lm_head\.weight differs"):
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(ExportError, match="nan"):
         export_model(model, base, tmp_path / "model")
     assert [p.name for p in (tmp_path / "model").iterdir()] == ["old"]
+
+
+def test_digest_sees_dtype_shape_and_bits():
+    tensor = torch.arange(6.0)
+    others = [tensor.bfloat16(), tensor.view(2, 3), -tensor, tensor[:5], tensor.double()]
+    assert len({digest(t) for t in (tensor, *others)}) == 6
+    assert digest(tensor) == digest(tensor.clone())
+    assert digest(torch.eye(3).T) == digest(torch.eye(3))

@@ -44,6 +44,20 @@ def test_a_leak_is_refused(tiny_moe, tokenizer, row, autocast):
         check_isolation(tiny_moe, row, 256, tokenizer.pad_token_id, autocast)
 
 
+def test_long_documents_are_compared_at_their_beginning(tiny_moe, tokenizer):
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    row = []
+    for length in (300, 20, 700):
+        ids = rng.integers(0, len(tokenizer), length).astype(np.int32)
+        row.append((ids, np.ones(length, bool)))
+    report = check_isolation(tiny_moe, row, 1024, tokenizer.pad_token_id)
+    assert report.documents == 3
+    assert report.worst < 1e-5
+    assert report.loss_packed == pytest.approx(report.loss_separate, rel=1e-5)
+
+
 def test_the_model_is_left_as_it_was(tiny_moe, tokenizer, row):
     tiny_moe.train()
     before = copy.deepcopy(tiny_moe.state_dict())

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, str], ...] = (
     ("command line", "cli"),
     ("start", "launch train"),
     ("one run", "run build dry_run"),
-    ("verbs", "export data.inspection"),
+    ("verbs", "export export_check data.inspection"),
     ("training", "trainer trainer_checkpoint checkpoint completions isolation run_folder"),
     ("parts", "model patches metrics collator demo.build"),
     ("tokens", "data.prepare data.report data.token_store data.tokenize_rows data.cache_key"),

@@ -1,0 +1,100 @@
+"""Load an exported folder with stock transformers and compare it with what the trainer held.
+
+`python -m qwen3_sft.export_check FOLDER NOTES` does it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qwen3_sft.model import load_strict
+
+# The weights are equal bit by bit, so only other kernels (float32) and roundings to a narrower type
+# (the live model may compute in float32) may show in the logits, as RMS ratios.
+_LOGITS_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+class ExportError(RuntimeError):
+    """The exported folder does not reproduce the trained model; it was not published."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the live model holds and says.
+
+    Attributes:
+        digests: of each tensor of the state dict, cast as written.
+        logits: (1, 16, V) float32 on the CPU, of the probe.
+    """
+
+    digests: dict[str, str]
+    logits: Tensor
+
+    def save(self, folder: Path) -> None:
+        """Write it to a folder."""
+        folder.mkdir()
+        (folder / "digests.json").write_text(json.dumps(self.digests), encoding="utf-8")
+        save_file({"logits": self.logits}, folder / "logits.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> Expected:
+        """Read what `save` wrote."""
+        digests = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
+        return cls(digests, load_file(folder / "logits.safetensors")["logits"])
+
+
+def digest(tensor: Tensor) -> str:
+    """Return a hash of dtype, shape and bits of a CPU tensor."""
+    hasher = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    hasher.update(memoryview(flat.numpy()))  # type: ignore[arg-type]
+    return hasher.hexdigest()
+
+
+@torch.no_grad()
+def probe(model: Any) -> Tensor:
+    """Return the logits (1, 16, V) of fixed tokens, float32 on the CPU."""
+    was_training = model.training
+    model.eval()
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(16, device=model.device) * 7919 % vocabulary)[None]
+    logits = model(input_ids=ids, use_cache=False).logits.float().cpu()
+    model.train(was_training)
+    return logits.contiguous()
+
+
+def check_export(folder: Path, expected: Expected) -> None:
+    """Reload `folder` on the CPU and compare keys, shapes, dtypes, bits and logits.
+
+    Raises:
+        ExportError: what differs.
+    """
+    reloaded = load_strict(folder, dtype="auto")
+    actual = reloaded.state_dict()
+    if actual.keys() != expected.digests.keys():
+        differing = sorted(actual.keys() ^ expected.digests.keys())
+        raise ExportError(f"{folder}: keys differ: {', '.join(differing[:5])}")
+    for name, tensor in actual.items():
+        if digest(tensor) != expected.digests[name]:
+            raise ExportError(f"{folder}: {name} differs after reloading")
+    got, want = probe(reloaded), expected.logits
+    ratio = ((got - want).square().mean() / want.square().mean()).sqrt().item()
+    limit = _LOGITS_LIMIT[reloaded.dtype]
+    if not ratio <= limit:
+        raise ExportError(f"{folder}: probe logits differ by {ratio:.2e} (RMS ratio) > {limit:.0e}")
+
+
+if __name__ == "__main__":
+    try:
+        check_export(Path(sys.argv[1]), Expected.load(Path(sys.argv[2])))
+    except ExportError as error:
+        sys.exit(str(error))
