@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 import os
 from pathlib import Path
@@ -74,7 +75,7 @@ def run(options: Options) -> int:
         logger.info("%s", _finished(folder, summary))
         return 0
     checkpoint = choose_checkpoint(folder, options.train_values["resume"])
-    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.create()
     name, data = resolve_demo(options.model.model_name_or_path, options.data, folder.path / "base")
     base = resolve_model(name, options.model.model_revision)
     tokenizer = load_tokenizer(base)
@@ -143,6 +144,9 @@ def _prepare_data(
 def _train_arguments(options: Options, *, has_eval: bool) -> TrainArguments:
     """Fill in the defaults that depend on device and data, then join the process group."""
     values = options.train_values
+    for reporter in values["report_to"]:
+        if reporter not in ("none", "all") and importlib.util.find_spec(reporter) is None:
+            raise UsageError(f"--report_to {reporter}: not installed; pip install {reporter}")
     if options.model.dtype == "auto" and torch.cuda.is_available() and not values["use_cpu"]:
         values["bf16"] = torch.cuda.is_bf16_supported()
     if values["accelerator_config"] is None:

@@ -50,6 +50,19 @@ class RunFolder:
         """Written last; its presence says that the run is finished."""
         return self.path / "summary.json"
 
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UsageError: it cannot be made or written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output_dir {self.path}: {error}") from error
+        if not os.access(self.path, os.W_OK):
+            raise UsageError(f"--output_dir {self.path}: not writable")
+
     def summary(self) -> dict[str, Any] | None:
         """Return the summary of a finished run, None of any other."""
         if not self.summary_file.is_file():
