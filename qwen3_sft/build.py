@@ -53,23 +53,7 @@ def build_trainer(
         folder: where metrics and samples go.
         checkpoint: what the run resumes from, None for a fresh start.
     """
-    per_step = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    train_rows = PackedDataset(
-        train_tokens, data.max_length, packing=data.packing, seed=args.seed,
-        rows_multiple_of=per_step,
-    )  # fmt: skip
-    eval_rows = None
-    if eval_tokens is not None:
-        eval_rows = PackedDataset(
-            eval_tokens, data.max_length, packing=data.packing, seed=args.seed,
-            rows_multiple_of=args.world_size * args.per_device_eval_batch_size,
-        )  # fmt: skip
-    logger.info(
-        "data: %d samples in %d rows of %d tokens (%.2f%% full); one step = %d processes x %d "
-        "rows x %d accumulated = %s tokens", len(train_tokens), len(train_rows), data.max_length,
-        100 * train_rows.fill, args.world_size, args.per_device_train_batch_size,
-        args.gradient_accumulation_steps, f"{per_step * data.max_length:,}",
-    )  # fmt: skip
+    train_rows, eval_rows = _pack(args, train_tokens, eval_tokens, data)
     statistics = router_statistics(model)
     if args.router_aux_loss_coef is not None:
         statistics.coefficient = args.router_aux_loss_coef
@@ -95,6 +79,33 @@ def build_trainer(
         if isinstance(callback, CompletionCallback):
             callback.trainer = trainer
     return trainer
+
+
+def _pack(
+    args: TrainArguments,
+    train_tokens: TokenDataset,
+    eval_tokens: TokenDataset | None,
+    data: DataArguments,
+) -> tuple[PackedDataset, PackedDataset | None]:
+    """Pack for this world size and say in words what one step is."""
+    per_step = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    train_rows = PackedDataset(
+        train_tokens, data.max_length, packing=data.packing, seed=args.seed,
+        rows_multiple_of=per_step,
+    )  # fmt: skip
+    eval_rows = None
+    if eval_tokens is not None:
+        eval_rows = PackedDataset(
+            eval_tokens, data.max_length, packing=data.packing, seed=args.seed,
+            rows_multiple_of=args.world_size * args.per_device_eval_batch_size,
+        )  # fmt: skip
+    logger.info(
+        "data: %d samples in %d rows of %d tokens (%.2f%% full); one step = %d processes x %d "
+        "rows x %d accumulated = %s tokens", len(train_tokens), len(train_rows), data.max_length,
+        100 * train_rows.fill, args.world_size, args.per_device_train_batch_size,
+        args.gradient_accumulation_steps, f"{per_step * data.max_length:,}",
+    )  # fmt: skip
+    return train_rows, eval_rows
 
 
 def _callbacks(

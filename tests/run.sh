@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The CPU test suite with its set-up: linters, types, shell scripts, then pytest on all cores.
-# Arguments go to pytest: `bash tests/run.sh tests/test_chat.py -k think`.
+# Arguments go to pytest: `bash tests/run.sh tests/chat -k think`.
 set -euo pipefail
 
 # shellcheck source=environment.sh

@@ -28,7 +28,7 @@ CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
 
 
-def compare(run, reference, tensors, dtype):
+def assert_matches(run, reference, tensors, dtype):
     """Compare output and every gradient with the reference in float64."""
     inputs = [t.to(CUDA, dtype).requires_grad_() for t in tensors]
     exact = [t.detach().double().requires_grad_() for t in inputs]
@@ -52,7 +52,7 @@ def test_scatter_moe(dtype):
         torch.rand(tokens, top_k),
     )
     torch.backends.cuda.matmul.allow_tf32 = False
-    compare(
+    assert_matches(
         lambda x, up, down, w: scatter_moe(x, up, down, index, w),
         lambda x, up, down, w: scatter_moe_reference(x, up, down, index, w),
         tensors,
@@ -64,7 +64,7 @@ def test_scatter_moe(dtype):
 def test_varlen_attention(dtype):
     ends = torch.tensor([0, 1, 18, 18, 150, 400], dtype=torch.int32, device=CUDA)
     tensors = tuple(torch.randn(heads, 400, 64) for heads in (8, 2, 2))
-    compare(
+    assert_matches(
         lambda q, k, v: varlen_attention(q, k, v, ends, 250, 0.125),
         lambda q, k, v: varlen_attention_reference(q, k, v, ends, 0.125),
         tensors,
@@ -75,7 +75,7 @@ def test_varlen_attention(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_linear_cross_entropy(dtype):
     targets = torch.randint(0, 3000, (700,), device=CUDA)
-    compare(
+    assert_matches(
         lambda hidden, weight: linear_cross_entropy_sum(hidden, weight, targets, chunk_tokens=256),
         lambda hidden, weight: linear_cross_entropy_sum_reference(hidden, weight, targets),
         (torch.randn(700, 128), torch.randn(3000, 128) / 8),

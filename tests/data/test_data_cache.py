@@ -15,31 +15,8 @@ from filelock import FileLock
 from qwen3_sft.args import DataArguments
 from qwen3_sft.data import cache_key
 from qwen3_sft.data.prepare import prepare
-from qwen3_sft.data.token_store import TokenDataset
-from qwen3_sft.demo.conversations import conversations
 from qwen3_sft.samples import DataError
-
-NUM_ROWS = 700  # three chunks of the tokeniser
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return [row for row, _ in zip(conversations(), range(NUM_ROWS), strict=False)]
-
-
-@pytest.fixture
-def args(tmp_path, monkeypatch, rows):
-    monkeypatch.chdir(tmp_path)
-    write(rows)
-    return DataArguments(dataset=["data.jsonl"], data_cache_dir="cache", num_proc=1)
-
-
-def write(rows) -> None:
-    Path("data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-
-
-def arrays(dataset: TokenDataset) -> list[list]:
-    return [[part.tolist() for part in dataset[i]] for i in range(len(dataset))]
+from tests.prepared import NUM_ROWS, arrays
 
 
 def test_second_call_reads_the_cache(args, tokenizer, monkeypatch):
