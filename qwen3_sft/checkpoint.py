@@ -75,6 +75,7 @@ def newest_verified(output_dir: Path) -> tuple[Path | None, list[str]]:
     folders = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and _NAME.fullmatch(p.name)]
     passed_over = []
     for folder in sorted(folders, key=step_of, reverse=True):
+        logger.info("verifying %s", folder)
         try:
             verify(folder)
         except (CheckpointError, json.JSONDecodeError, KeyError) as error:

@@ -42,6 +42,7 @@ def export_model(model: Any, base: Path, folder: Path, dtype: torch.dtype | None
     dtype = base_dtype(base) if dtype is None else dtype
     staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
+    logger.info("exporting to %s: writing, reloading, comparing", folder)
     cast = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
     with progress_bars(sum(tensor.nbytes for tensor in cast.values())):
         model.save_pretrained(staging, state_dict=cast)

@@ -39,6 +39,13 @@ from qwen3_sft.trainer import NonFiniteError, SftTrainer
 
 logger = logging.getLogger(__name__)
 
+# Reporters by the modules that serve them; transformers knows some more.
+_REPORTERS = {
+    "wandb": ("wandb",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "mlflow": ("mlflow",),
+    "trackio": ("trackio",),
+}
 # Mistakes of the user's: a message without a traceback, exit code 2.
 _USER_ERRORS = (UsageError, DataError, ModelError)
 # What went wrong inside a run: a message without a traceback, exit code 1.
@@ -145,7 +152,8 @@ def _train_arguments(options: Options, *, has_eval: bool) -> TrainArguments:
     """Fill in the defaults that depend on device and data, then join the process group."""
     values = options.train_values
     for reporter in values["report_to"]:
-        if reporter not in ("none", "all") and importlib.util.find_spec(reporter) is None:
+        modules = _REPORTERS.get(reporter, ())
+        if modules and not any(importlib.util.find_spec(name) for name in modules):
             raise UsageError(f"--report_to {reporter}: not installed; pip install {reporter}")
     if options.model.dtype == "auto" and torch.cuda.is_available() and not values["use_cpu"]:
         values["bf16"] = torch.cuda.is_bf16_supported()

@@ -6,6 +6,7 @@ Nothing is installed here. Where a script would look for an environment it finds
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from tests.source_tree import ROOT, project_files
 
@@ -22,14 +24,16 @@ SCRIPTS = [*project_files(".sh"), ROOT / ".ci" / "run"]
 SHARED = ("environment.sh", "qwen3_sft.sh", "constraints.txt", "setup.py")
 
 
-def bash(*arguments: object, **environment: str | Path) -> subprocess.CompletedProcess[str]:
+def bash(
+    *arguments: object, cwd: Path = ROOT, **environment: str | Path
+) -> subprocess.CompletedProcess[str]:
     """Run bash without a terminal and without the environment that runs the tests."""
     hidden = ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH", "PYTHON", "CDPATH", "ACCELERATE_CONFIG")
     env = {k: v for k, v in os.environ.items() if k not in hidden and "QWEN3_SFT" not in k}
     env |= {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in environment.items()}
     command = ["bash", *map(str, arguments)]
     return subprocess.run(
-        command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
 
 
@@ -134,6 +138,24 @@ def test_dry_run_prints_command_and_patches(ready_venv):
     for patch in ("scatter_moe", "varlen_attention", "router_aux_loss", "linear_cross_entropy"):
         assert any(line.startswith(f"patch {patch}: ") for line in lines), patch
     assert any(line.endswith("GiB  in total") for line in lines)
+
+
+@pytest.mark.slow
+def test_the_bare_command_trains_the_demo(ready_venv, tmp_path):
+    everything = {**activated(ready_venv), "HOME": str(tmp_path)}
+    done = bash(ROOT / "qwen3_sft.sh", cwd=tmp_path, **everything)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs" / "demo"
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()]
+    assert losses[0] > 7.5
+    assert sum(losses[-10:]) / 10 < 5, "the demo is meant to learn visibly"
+    for part in ("before", "after", "reference"):
+        assert any(line.startswith(f"{part} ") for line in done.stdout.splitlines())
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert sum(p.numel() for p in model.parameters()) > 3_000_000
+    again = bash(ROOT / "qwen3_sft.sh", cwd=tmp_path, **everything)
+    assert again.returncode == 0
+    assert "holds a finished run" in again.stdout
 
 
 def test_mistake_keeps_its_exit_code_through_the_launcher(ready_venv):

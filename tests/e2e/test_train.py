@@ -156,7 +156,7 @@ def test_mistakes_end_with_code_2_and_say_where(base, tmp_path):
         (("--resume", tmp_path / "absent", *where), "--resume"),
         (("--deepspeed", "x.json", "--max_rows", 1, *where), "not available yet"),
         (("--early_stopping_patience", 2, "--max_rows", 1, *where), "--load_best_model_at_end"),
-        (("--report_to", "clearml", "--max_rows", 1, *where), "--report_to clearml: not installed"),
+        (("--report_to", "trackio", "--max_rows", 1, *where), "--report_to trackio: not installed"),
         ((*where, "--output_dir", data / "below"), f"--output_dir {data / 'below'}"),
     ):
         result = cli("train", *arguments, "--data_cache_dir", tmp_path / "cache")
