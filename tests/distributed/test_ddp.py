@@ -1,4 +1,5 @@
 import json
+import socket
 import sys
 
 import pytest
@@ -15,6 +16,18 @@ TRAIN = (
     "--router_aux_loss_coef", 0.01, "--save_steps", 3, "--eval_fraction", 0.2, "--eval_steps", 3,
     "--eval_strategy", "steps", "--num_samples", 1, "--sample_max_new_tokens", 4,
 )  # fmt: skip
+
+
+def on_two_processes(*options):
+    """Launch as on two GPUs, with gloo between the processes."""
+    with socket.socket() as free:  # tests run beside each other
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return run(
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", "config/ddp.json",
+        "--num_processes", 2, "--main_process_port", port, "-m", "qwen3_sft.train", *options,
+        "--ddp_backend", "gloo",
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -41,10 +54,7 @@ def test_two_processes_equal_one(inputs, tmp_path):
         "--gradient_accumulation_steps", 2,
     )  # fmt: skip
     succeeds(one)
-    two = run(
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "-m",
-        "qwen3_sft.train", *inputs, "--output_dir", tmp_path / "two", "--ddp_backend", "gloo",
-    )  # fmt: skip
+    two = on_two_processes(*inputs, "--output_dir", tmp_path / "two")
     succeeds(two)
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for key in ("loss", "grad_norm", "aux_loss", "router_entropy"):
@@ -56,13 +66,17 @@ def test_two_processes_equal_one(inputs, tmp_path):
     for name, tensor in reference.items():
         assert_close(exported[name], tensor, name=name, rms=1e-4)
 
+    checkpoint = tmp_path / "two" / "checkpoint-3"
+    resumed = on_two_processes(*inputs, "--output_dir", tmp_path / "rest", "--resume", checkpoint)
+    succeeds(resumed)
+    weights = "model/model.safetensors"
+    assert (tmp_path / "rest" / weights).read_bytes() == (tmp_path / "two" / weights).read_bytes()
+    assert [r["step"] for r in metrics(tmp_path / "rest")] == [4, 5, 6]
+
 
 def test_a_bad_row_ends_all_processes_with_its_place(inputs, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text(data.read_text() + '\n{"messages": []}\n')
-    two = run(
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "-m",
-        "qwen3_sft.train", *inputs, "--output_dir", tmp_path / "two", "--ddp_backend", "gloo",
-    )  # fmt: skip
+    two = on_two_processes(*inputs, "--output_dir", tmp_path / "two")
     assert two.returncode != 0
     assert "rows.jsonl:41" in two.stdout
