@@ -145,7 +145,8 @@ def test_unknown_hub_id_offline(folder, monkeypatch, caplog):
 
 
 BROKEN = {
-    "broken line": ("a.jsonl", b'{"a": 1}\n{"a": 1,}\n', r"a\.jsonl:2:9: broken JSON"),
+    # Python 3.13 points at the comma, earlier versions behind it.
+    "broken line": ("a.jsonl", b'{"a": 1}\n{"a": 1,}\n', r"a\.jsonl:2:[89]: broken JSON"),
     "cut line": ("a.jsonl", b'{"a": 1}\n{"a": "x', r"a\.jsonl:2:7: broken JSON: Unterminated"),
     "line of NUL bytes": ("a.jsonl", b'{"a": 1}\n\0\0\0', r"a\.jsonl:2:1: broken JSON"),
     "invalid UTF-8": ("a.jsonl", b'\n{"a": "\xff"}\n', r"a\.jsonl:2:8: invalid UTF-8 \(byte 0xff"),
