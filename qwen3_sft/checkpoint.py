@@ -53,10 +53,7 @@ def verify(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the first file that is missing, short or altered.
     """
-    manifest_file = folder / MANIFEST
-    if not manifest_file.is_file():
-        raise CheckpointError(f"{folder}: no {MANIFEST}; the save did not finish")
-    manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+    manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -68,6 +65,18 @@ def verify(folder: Path) -> dict[str, Any]:
         if _hash(path) != expected["xxh3"]:
             raise CheckpointError(f"{path}: content differs from what was saved")
     return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest without looking at the files that it lists.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    manifest_file = folder / MANIFEST
+    if not manifest_file.is_file():
+        raise CheckpointError(f"{folder}: no {MANIFEST}; the save did not finish")
+    return json.loads(manifest_file.read_text(encoding="utf-8"))
 
 
 def newest_verified(output_dir: Path) -> tuple[Path | None, list[str]]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qwen3_sft.logs import set_up_logging
+
 USAGE = """usage: qwen3-sft COMMAND ...
 
   train [--config RECIPE] [--option value ...]   fine-tune; without options the embedded demo
@@ -39,8 +41,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train_help() -> int:
-    from qwen3_sft.logs import set_up_logging
-
     set_up_logging()
     from qwen3_sft.recipe import help_text
 
@@ -56,8 +56,6 @@ def _inspect(argv: list[str]) -> int:
     own, rest = parser.parse_known_args(argv)
     output = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
-        from qwen3_sft.logs import set_up_logging
-
         set_up_logging(sys.stderr)
         from qwen3_sft.model import ModelError
         from qwen3_sft.recipe import UsageError
@@ -86,8 +84,6 @@ def _inspected(argv: list[str], n: int, fmt: Any, *, color: bool) -> Iterator[st
 
 def _export(argv: list[str]) -> int:
     """Write a run's checkpoint as a hub model."""
-    from qwen3_sft.logs import set_up_logging
-
     set_up_logging()
     parser = argparse.ArgumentParser(prog="qwen3-sft export")
     parser.add_argument("checkpoint", type=Path)

@@ -14,7 +14,7 @@ from qwen3_sft.demo.build import NAME as DEMO
 from qwen3_sft.demo.build import VOCAB_SIZE
 from qwen3_sft.demo.model import tiny_config
 from qwen3_sft.known_models import KNOWN_CONFIGS
-from qwen3_sft.model import choose_attention, resolve_model
+from qwen3_sft.model import choose_attention, resolve_model, weights_dtype
 from qwen3_sft.patches import choose_patches
 from qwen3_sft.recipe import Options
 
@@ -32,7 +32,7 @@ def dry_run(options: Options) -> Iterator[str]:
     yield _indent(yaml.safe_dump(options.resolved(), sort_keys=False, allow_unicode=True))
     model = _meta_model(options.model.model_name_or_path, options.model.model_revision)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights = torch.bfloat16 if options.model.dtype == "bfloat16" else torch.float32
+    weights = weights_dtype(options.model)
     compute = torch.bfloat16 if device.type == "cuda" else weights
     attention, reason = choose_attention(options.model.attn_implementation, device, compute)
     yield f"attention: {attention} ({reason})"

@@ -107,6 +107,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def weights_dtype(options: ModelArguments) -> torch.dtype:
+    """Return the dtype the trained weights are kept in."""
+    return torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+
+
 def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """Return the attention implementation and the reason for it.
 

@@ -31,6 +31,7 @@ from qwen3_sft.model import (
     load_model,
     load_tokenizer,
     resolve_model,
+    weights_dtype,
 )
 from qwen3_sft.patches import choose_patches
 from qwen3_sft.recipe import Options, UsageError, help_text, parse_options
@@ -90,7 +91,7 @@ def run(options: Options) -> int:
     train_tokens, eval_tokens = _prepare_data(data, tokenizer, options.train_values["seed"])
 
     args = _train_arguments(options, has_eval=eval_tokens is not None)
-    weights = torch.bfloat16 if options.model.dtype == "bfloat16" else torch.float32
+    weights = weights_dtype(options.model)
     compute = torch.bfloat16 if args.bf16 else weights
     attention, reason = choose_attention(options.model.attn_implementation, args.device, compute)
     logger.info("attention: %s (%s)", attention, reason)

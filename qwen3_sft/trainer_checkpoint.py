@@ -17,6 +17,7 @@ from qwen3_sft.checkpoint import (
     CheckpointError,
     load_weights,
     publish,
+    read_manifest,
     refuse_non_finite,
     seal,
     verify,
@@ -122,8 +123,11 @@ class CheckpointedTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        """Restore the weights strictly; upstream leaves the experts as they are, silently."""
-        manifest = verify(Path(resume_from_checkpoint))
+        """Restore the weights strictly; upstream leaves the experts as they are, silently.
+
+        The files were hashed when the checkpoint was chosen (`run_folder.choose_checkpoint`).
+        """
+        manifest = read_manifest(Path(resume_from_checkpoint))
         self.skipped_steps = manifest["skipped_steps"]
         if manifest["world_size"] != self.args.world_size:
             logger.warning(

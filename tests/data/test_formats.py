@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 
 import numpy as np
 import pytest
 
-from qwen3_sft.data.formats import detect_format, parse_row, require_format
+from qwen3_sft.data.formats import detect_format, require_format
 from qwen3_sft.samples import (
     Conversation,
     DataError,
@@ -16,29 +15,9 @@ from qwen3_sft.samples import (
     Tokens,
     ToolCall,
 )
+from tests.data_rows import ANSWER, USER, answer, calling, chat, parse
 
-USER = {"role": "user", "content": "q"}
-ANSWER = {"role": "assistant", "content": "a"}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {}}}
-
-
-def parse(row, **options):
-    warnings = Counter()
-    sample = parse_row(row, detect_format(row, "f:1"), "f:1", warnings, **options)
-    return sample, warnings
-
-
-def chat(*messages, **columns):
-    return {"messages": list(messages), **columns}
-
-
-def answer(**fields):
-    return chat(USER, {"role": "assistant", **fields})
-
-
-def calling(arguments, **fields):
-    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
-    return answer(tool_calls=[call], **fields)
 
 
 @pytest.mark.parametrize(

@@ -3,35 +3,11 @@
 from __future__ import annotations
 
 import pickle
-from collections import Counter
 
 import pytest
 
-from qwen3_sft.data.formats import detect_format, parse_row
 from qwen3_sft.samples import Conversation, DataError, Dropped, PlainText, Tokens
-
-USER = {"role": "user", "content": "q"}
-ANSWER = {"role": "assistant", "content": "a"}
-
-
-def parse(row, **options):
-    warnings = Counter()
-    sample = parse_row(row, detect_format(row, "f:1"), "f:1", warnings, **options)
-    return sample, warnings
-
-
-def chat(*messages, **columns):
-    return {"messages": list(messages), **columns}
-
-
-def answer(**fields):
-    return chat(USER, {"role": "assistant", **fields})
-
-
-def calling(arguments, **fields):
-    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
-    return answer(tool_calls=[call], **fields)
-
+from tests.data_rows import ANSWER, USER, answer, calling, chat, parse
 
 ERRORS = [
     (chat(), "empty conversation"),

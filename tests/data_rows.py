@@ -1,0 +1,34 @@
+"""Rows of the `messages` format, and a parser that also returns what was warned about."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from qwen3_sft.data.formats import detect_format, parse_row
+
+USER = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+def parse(row: dict, **options: Any) -> tuple[Any, Counter[str]]:
+    """Parse a row that stands at f:1; return the sample and the counted warnings."""
+    warnings = Counter()
+    sample = parse_row(row, detect_format(row, "f:1"), "f:1", warnings, **options)
+    return sample, warnings
+
+
+def chat(*messages: dict, **columns: Any) -> dict:
+    """Return a row of these messages."""
+    return {"messages": list(messages), **columns}
+
+
+def answer(**fields: Any) -> dict:
+    """Return a row with a question and an answer of these fields."""
+    return chat(USER, {"role": "assistant", **fields})
+
+
+def calling(arguments: Any, **fields: Any) -> dict:
+    """Return a row whose answer calls a tool."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return answer(tool_calls=[call], **fields)
