@@ -24,7 +24,7 @@ from provenance import provenance
 from transformers import AutoModelForCausalLM, PrinterCallback, Qwen3MoeConfig
 
 import monkey_patch
-from qwen3_sft.args import ModelArguments, TrainArguments
+from qwen3_sft.args import EXPERT_PATCHES, ModelArguments, TrainArguments
 from qwen3_sft.collator import PackedCollator
 from qwen3_sft.demo.model import tiny_config
 from qwen3_sft.hardware import device_info
@@ -107,7 +107,7 @@ def build_model(options: argparse.Namespace, args: TrainArguments, experts: Any)
     with args.device:
         model = AutoModelForCausalLM.from_config(config, dtype=weights)
     model.config.use_cache = False
-    if experts != "scatter_moe":
+    if experts not in EXPERT_PATCHES:
         model.set_experts_implementation(experts)
     compute = weights if options.dtype == "float32" else torch.bfloat16
     attention, _ = choose_attention(options.attn_implementation, args.device, compute)

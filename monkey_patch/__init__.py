@@ -17,7 +17,7 @@ from torch import nn
 from monkey_patch.core import AppliedPatches, Patch, PatchError, Replacement, apply_plans
 from monkey_patch.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from monkey_patch.router_aux_loss import ROUTER_AUX_LOSS, RouterStatistics, router_statistics
-from monkey_patch.scatter_moe import SCATTER_MOE
+from monkey_patch.scatter_moe import SCATTER_MOE, SCATTER_MOE_RECOMPUTE
 from monkey_patch.varlen_attention import VARLEN_ATTENTION
 
 __all__ = [
@@ -31,7 +31,13 @@ __all__ = [
     "router_statistics",
 ]
 
-PATCHES = (SCATTER_MOE, VARLEN_ATTENTION, LINEAR_CROSS_ENTROPY, ROUTER_AUX_LOSS)
+PATCHES = (
+    SCATTER_MOE,
+    SCATTER_MOE_RECOMPUTE,
+    VARLEN_ATTENTION,
+    LINEAR_CROSS_ENTROPY,
+    ROUTER_AUX_LOSS,
+)
 
 
 def apply_patches(model: nn.Module, patches: Iterable[Patch | str]) -> AppliedPatches:

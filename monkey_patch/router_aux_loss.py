@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from monkey_patch.core import Patch, PatchError, Replacement
-from monkey_patch.kernels.router.op import add_balance_gradient, routed_counts, routing_sums
+from monkey_patch.kernels.router.op import Balance, route
 
 NAME = "router_aux_loss"
 
@@ -159,33 +159,29 @@ class RouterForward:
         """Return upstream's logits (T, E), weights (T, K) and expert indices (T, K)."""
         router = self.router
         logits = F.linear(hidden_states.reshape(-1, router.hidden_dim), router.weight)
-        probs = F.softmax(logits, dtype=torch.float, dim=-1)
-        values, index = torch.topk(probs, router.top_k, dim=-1)
-        if router.training:
-            values = self._balance(values, probs, index)
-        # Qwen3-VL-MoE has no such attribute and always renormalises.
-        if getattr(router, "norm_topk_prob", True):
-            values = values / values.sum(dim=-1, keepdim=True)
-        return logits, values.to(logits.dtype), index
+        routed = route(
+            logits,
+            router.top_k,
+            # Qwen3-VL-MoE has no such attribute and always renormalises.
+            renormalize=getattr(router, "norm_topk_prob", True),
+            balance=self._balance(len(logits)) if router.training else None,
+        )
+        if routed.counts is not None and routed.sums is not None:
+            self.layer.add(routed.counts.sum(dim=0), routed.sums)
+        return logits, routed.weights, routed.index
 
-    def _balance(
-        self, values: torch.Tensor, probs: torch.Tensor, index: torch.Tensor
-    ) -> torch.Tensor:
+    def _balance(self, num_tokens: int) -> Balance | None:
         stats = self.statistics
         if stats.weight is None:
             if stats.coefficient == 0:
-                return values
+                return None
             raise PatchError(
                 "training forward before RouterStatistics.begin(): call router_statistics(model)"
                 ".begin(token_mask, num_rows, weight) before each one, or set .coefficient to 0"
             )
-        self._check_tokens(len(probs))
-        with torch.no_grad():
-            counts = routed_counts(index, stats.token_mask, stats.num_rows, self.router.num_experts)
-            self.layer.add(counts.sum(dim=0), routing_sums(probs, stats.token_mask, counts))
-            factor = stats.coefficient * self.router.num_experts / len(stats.layers)
-            scale = stats.weight * factor
-        return add_balance_gradient(values, probs, counts, stats.token_mask, scale)
+        self._check_tokens(num_tokens)
+        factor = stats.coefficient * self.router.num_experts / len(stats.layers)
+        return Balance(stats.token_mask, stats.num_rows, stats.weight * factor)
 
     def _check_tokens(self, num_tokens: int) -> None:
         mask, num_rows = self.statistics.token_mask, self.statistics.num_rows

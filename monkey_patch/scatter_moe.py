@@ -4,11 +4,17 @@ The hook is transformers' experts registry: the name "scatter_moe" is registered
 config is pointed at it, as `model.set_experts_implementation` would do. Blocks, routers and
 parameters stay as they are, so checkpoints and native expert parallelism are unaffected. Replacing
 the block instead would silently bypass the token dispatch of expert parallelism.
+
+A second name, "scatter_moe_recompute", computes the first product again in the backward pass
+instead of keeping it: for Qwen3-30B-A3B 0.1 KB per token and layer instead of 24.6, for two ninths
+more work in the experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +24,7 @@ from monkey_patch.core import Patch, PatchError, Replacement
 from monkey_patch.kernels.scatter_moe.op import scatter_moe
 
 NAME = "scatter_moe"
+RECOMPUTE_NAME = "scatter_moe_recompute"
 
 
 def experts_forward(
@@ -25,8 +32,16 @@ def experts_forward(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
+    recompute_hidden: bool = False,
 ) -> torch.Tensor:
     """Compute a decorated experts module's output; the signature the registry calls.
+
+    Args:
+        experts: the module.
+        hidden_states: (T, D).
+        top_k_index: (T, K); E or more, as under expert parallelism, contributes nothing.
+        top_k_weights: (T, K).
+        recompute_hidden: as in `kernels.scatter_moe`.
 
     Raises:
         PatchError: the module's layout or activation is not what the op computes.
@@ -34,31 +49,33 @@ def experts_forward(
     if problem := _unsupported(experts):
         raise PatchError(f"{type(experts).__name__} {problem}; set experts_implementation='eager'")
     return scatter_moe(
-        hidden_states, experts.gate_up_proj, experts.down_proj, top_k_index, top_k_weights
-    )
+        hidden_states, experts.gate_up_proj, experts.down_proj, top_k_index, top_k_weights,
+        recompute_hidden=recompute_hidden,
+    )  # fmt: skip
 
 
 def register() -> None:
-    """Make the name "scatter_moe" known to `experts_implementation=`."""
+    """Make both names known to `experts_implementation=`."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    ALL_EXPERTS_FUNCTIONS.register(RECOMPUTE_NAME, partial(experts_forward, recompute_hidden=True))
 
 
-def plan(model: nn.Module) -> Iterator[Replacement]:
+def plan(model: nn.Module, name: str = NAME) -> Iterator[Replacement]:
     """Yield the config attribute that names the experts implementation, once per config."""
     seen: set[int] = set()
-    for name, module in model.named_modules():
+    for where, module in model.named_modules():
         if type(module).__name__ == "LigerExperts":
-            raise PatchError(f"{name} is LigerExperts, which ignores it; load with swiglu=False")
+            raise PatchError(f"{where} is LigerExperts, which ignores it; load with swiglu=False")
         if not _is_experts(module):
             continue
         if problem := _unsupported(module):
-            raise PatchError(f"patch {NAME!r}: {name} ({type(module).__name__}) {problem}")
+            raise PatchError(f"patch {name!r}: {where} ({type(module).__name__}) {problem}")
         if id(module.config) not in seen:
             seen.add(id(module.config))
-            where = type(module.config).__name__
-            yield Replacement(module.config, "_experts_implementation_internal", NAME, where)
+            owner = type(module.config).__name__
+            yield Replacement(module.config, "_experts_implementation_internal", name, owner)
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -91,10 +108,17 @@ def _unsupported(experts: Any) -> str | None:
 
 SCATTER_MOE = Patch(
     name=NAME,
-    summary="experts as grouped products over rows sorted by expert",
+    summary="experts as fused grouped products over rows sorted by expert",
     requires=("transformers>=5.23,<6", "torch>=2.10"),
     plan=plan,
     tolerance=5e-6,
     upstream="transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS",
     register=register,
+)
+
+SCATTER_MOE_RECOMPUTE = replace(
+    SCATTER_MOE,
+    name=RECOMPUTE_NAME,
+    summary="the same, keeping next to nothing for the backward pass",
+    plan=partial(plan, name=RECOMPUTE_NAME),
 )

@@ -13,6 +13,9 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+# Values of --experts_implementation that are patches of ours; the others are transformers' own.
+EXPERT_PATCHES = ("scatter_moe", "scatter_moe_recompute")
+
 
 @dataclass
 class DataArguments:
@@ -104,8 +107,11 @@ class ModelArguments:
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "of the exported model; auto: the base model's own"}
     )
-    experts_implementation: Literal["scatter_moe", "grouped_mm", "batched_mm", "eager"] = field(
-        default="scatter_moe", metadata={"help": "what computes the experts"}
+    experts_implementation: Literal[
+        "scatter_moe", "scatter_moe_recompute", "grouped_mm", "batched_mm", "eager"
+    ] = field(
+        default="scatter_moe",
+        metadata={"help": "what computes the experts; _recompute keeps less for the backward pass"},
     )
     attn_implementation: Literal[
         "auto",

@@ -22,7 +22,7 @@ from transformers.utils import (
     is_flash_attn_4_available,
 )
 
-from qwen3_sft.args import ModelArguments
+from qwen3_sft.args import EXPERT_PATCHES, ModelArguments
 from qwen3_sft.logs import progress_bars
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def load_model(
         "attn_implementation": "sdpa" if attention == "torch_varlen" else attention,
         "trust_remote_code": False,
     }
-    if options.experts_implementation != "scatter_moe":
+    if options.experts_implementation not in EXPERT_PATCHES:
         kwargs["experts_implementation"] = options.experts_implementation
     use_liger = device.type == "cuda" if options.use_liger is None else options.use_liger
     if use_liger and device.type != "cuda":

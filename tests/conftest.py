@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3_sft.demo.model import tiny_config, tiny_model, train_tokenizer
+from tests import interpreter
+
+interpreter.enable()  # before the first import of triton, which transformers may do
+
+from qwen3_sft.demo.model import tiny_config, tiny_model, train_tokenizer  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

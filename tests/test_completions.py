@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qwen3_sft.completions import before_and_after, complete, pick_prompts
+from tests.training import PATCHES
 
 
 class Samples(list):
@@ -45,7 +46,7 @@ def test_completion_is_greedy_generation(tiny_moe, tokenizer, patched):
         for _ in range(6):
             ids.append(int(tiny_moe(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     if patched:
-        monkey_patch.apply_patches(tiny_moe, monkey_patch.PATCHES)
+        monkey_patch.apply_patches(tiny_moe, PATCHES)
     tiny_moe.train()
     (text,) = complete(tiny_moe, tokenizer, [prompt], max_new_tokens=6)
     expected = tokenizer.decode(ids[len(prompt.ids) :], skip_special_tokens=True).strip()

@@ -38,7 +38,7 @@ NEVER_AT_TOP_LEVEL = {"deepspeed", "liger_kernel", "flash_attn", "wandb"}
 PURE_CALLS = {
     "logging.getLogger", "re.compile", "frozenset", "object", "map", "get_args", "tuple", "dict",
     "set", "sorted", "Path", "'|'.join", "_XML_HEAD.format", "_XML_TAIL.format",
-    "functools.partial", "field", "TypeVar",
+    "functools.partial", "partial", "replace", "field", "TypeVar", "Path(__file__).with_name",
 }  # fmt: skip
 
 RANKS = {name: rank for rank, (_, names) in enumerate(LAYERS) for name in names.split()}
@@ -129,6 +129,9 @@ def _effect(node: ast.stmt) -> str | None:
         case ast.Import() | ast.ImportFrom() | ast.FunctionDef() | ast.ClassDef():
             return None
         case ast.Expr(value=ast.Constant(value=str())):
+            return None
+        # The rest of the definition of an operator of ours, in torch's registry.
+        case ast.Expr(value=ast.Call(func=ast.Attribute(attr="register_autograd"))):
             return None
         case ast.If() if is_type_checking(node):
             return next((e for n in (*node.body, *node.orelse) if (e := _effect(n))), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def make_trainer(
     eval_documents: Documents | None = None,
     callbacks: tuple = (),
     aux: float = 0.0,
+    patches: Sequence[str] = PATCHES,
     **arguments: Any,
 ) -> SftTrainer:
     """Patch a copy of `model` and wrap it in the trainer that a run would use."""
@@ -61,7 +63,7 @@ def make_trainer(
     args = TrainArguments(**(values | arguments))
     model = copy.deepcopy(model)
     model.config.use_cache = False
-    monkey_patch.apply_patches(model, PATCHES)
+    monkey_patch.apply_patches(model, patches)
     statistics = monkey_patch.router_statistics(model)
     statistics.coefficient = aux
     vocabulary = model.config.vocab_size

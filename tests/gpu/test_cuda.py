@@ -9,8 +9,6 @@ import torch
 import monkey_patch
 from monkey_patch.kernels.linear_cross_entropy import linear_cross_entropy_sum
 from monkey_patch.kernels.linear_cross_entropy.reference import linear_cross_entropy_sum_reference
-from monkey_patch.kernels.scatter_moe import scatter_moe
-from monkey_patch.kernels.scatter_moe.reference import scatter_moe_reference
 from monkey_patch.kernels.varlen_attention import varlen_attention
 from monkey_patch.kernels.varlen_attention.reference import varlen_attention_reference
 from qwen3_sft.args import ModelArguments
@@ -39,25 +37,6 @@ def assert_matches(run, reference, tensors, dtype):
     assert_close(out, truth, name="out", rms=None if out.dtype == dtype else 2e-2)
     for index, (a, e) in enumerate(zip(inputs, exact, strict=True)):
         assert_close(a.grad, e.grad, name=f"gradient {index}")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_scatter_moe(dtype):
-    tokens, hidden, width, experts, top_k = 500, 256, 128, 16, 4
-    index = torch.randint(0, experts + 1, (tokens, top_k), device=CUDA)  # some are sentinels
-    tensors = (
-        torch.randn(tokens, hidden),
-        torch.randn(experts, 2 * width, hidden) / 16,
-        torch.randn(experts, hidden, width) / 12,
-        torch.rand(tokens, top_k),
-    )
-    torch.backends.cuda.matmul.allow_tf32 = False
-    assert_matches(
-        lambda x, up, down, w: scatter_moe(x, up, down, index, w),
-        lambda x, up, down, w: scatter_moe_reference(x, up, down, index, w),
-        tensors,
-        dtype,
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, BF16, torch.float32])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qwen3_sft.demo.model import tiny_config, tiny_model
+from tests.interpreter import use_kernels
 
 LENGTHS = (1, 17, 5, 30, 11)
 VOCAB = 320
@@ -107,3 +108,28 @@ def vl_model():
     return Qwen3VLMoeForConditionalGeneration(
         Qwen3VLMoeConfig(text_config=text, vision_config=vision)
     )
+
+
+@pytest.fixture(params=["plain", pytest.param("kernels", marks=pytest.mark.kernel)])
+def backend(request, monkeypatch):
+    """The plain torch path, or the Triton kernels in the interpreter."""
+    if request.param == "kernels":
+        use_kernels(monkeypatch)
+    return request.param
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nobody has written holds NaN, or an index that no tensor has."""
+
+    def poison(function):
+        def allocate(*args, **kwargs):
+            out = function(*args, **kwargs)
+            value = torch.nan if out.is_floating_point() else -(2**30)
+            return out.fill_(value) if out.device.type == "cpu" else out
+
+        return allocate
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))

@@ -5,7 +5,7 @@ import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from monkey_patch import PatchError, apply_patches, router_statistics
-from monkey_patch.kernels.router import add_balance_gradient, routed_counts, routing_sums
+from monkey_patch.kernels.router.op import add_balance_gradient, routed_counts, routing_sums
 from monkey_patch.kernels.router.reference import balance_loss_reference
 from tests.oracle import assert_close
 
@@ -74,6 +74,7 @@ def test_kernel_matches_the_definition(masked, num_rows):
     assert_close(both, plain + expected)
 
 
+@pytest.mark.usefixtures("backend")
 def test_loss_and_gradients_are_upstreams_per_layer(model, unpatched, packed):
     aux = _upstream_aux(unpatched, packed.ids)
     (_loss_sum(unpatched, packed.ids) + COEFFICIENT * aux).backward()
@@ -96,6 +97,7 @@ def test_the_gradient_is_not_negligible(model, unpatched, packed):
     assert difference > 0.01 * _gradients(unpatched)[gate].norm()
 
 
+@pytest.mark.usefixtures("backend")
 def test_invariant_to_how_the_rows_are_cut(model, packed):
     """4 rows with padding at once, in two halves, and one by one."""
     statistics = _patched(model)
@@ -144,6 +146,7 @@ def test_outputs_are_bit_equal_and_hooks_fire(model, unpatched, packed):
         assert torch.equal(a, e)
 
 
+@pytest.mark.usefixtures("backend")
 def test_statistics_count_real_tokens(model, unpatched, packed):
     statistics = _patched(model)
     mask = torch.ones_like(packed.ids, dtype=torch.bool)
@@ -178,6 +181,7 @@ def test_drain_reduces_once_over_ranks(model, packed):
     assert len(calls) == 1
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_recomputed_layers_count_once_and_give_the_same_gradients(model, packed, use_reentrant):
     other = copy.deepcopy(model)

@@ -5,32 +5,13 @@ from torch import nn
 from monkey_patch import PatchError, apply_patches
 from monkey_patch.kernels.scatter_moe import scatter_moe
 from monkey_patch.kernels.scatter_moe.reference import scatter_moe_reference
+from tests.monkey_patch.experts import NAMES, make_inputs, run_with_gradients
 from tests.oracle import RMS_TOLERANCE, assert_close
-
-NAMES = ("x", "gate_up_proj", "down_proj", "top_k_weights")
-
-
-def _inputs(T=37, E=8, K=2, D=48, F=32, dtype=torch.float32, index=None):
-    index = torch.rand(T, E).argsort(dim=1)[:, :K] if index is None else index
-    shapes = ((T, D), (E, 2 * F, D), (E, D, F), (T, K))
-    scale = (1.0, D**-0.5, F**-0.5, 1.0)
-    tensors = [(torch.randn(s) * c).to(dtype) for s, c in zip(shapes, scale, strict=True)]
-    return tensors, index
-
-
-def _run(function, tensors, index, dtype=None):
-    x, gate_up, down, weights = leaves = [
-        t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors
-    ]
-    out = function(x, gate_up, down, index, weights)
-    direction = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
-    out.backward(direction.to(out.dtype))
-    return [out, *(leaf.grad for leaf in leaves)]
 
 
 def _assert_matches(tensors, index):
-    truth = _run(scatter_moe_reference, tensors, index, torch.float64)
-    got = _run(scatter_moe, tensors, index)
+    truth = run_with_gradients(scatter_moe_reference, tensors, index, torch.float64)
+    got = run_with_gradients(scatter_moe, tensors, index)
     for name, a, e in zip(("out", *NAMES), got, truth, strict=True):
         assert_close(a, e, name=name)
     return got
@@ -38,8 +19,9 @@ def _assert_matches(tensors, index):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("T", "K"), [(37, 2), (64, 1), (1, 8), (3, 4)])
+@pytest.mark.usefixtures("backend", "poisoned")
 def test_forward_and_gradients_match_the_definition(dtype, T, K):
-    _assert_matches(*_inputs(T=T, K=K, dtype=dtype))
+    _assert_matches(*make_inputs(T=T, K=K, dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -49,11 +31,13 @@ def test_forward_and_gradients_match_the_definition(dtype, T, K):
         torch.tensor([[0, 7], [7, 8], [8, 8], [9, 1]]),
         torch.full((4, 2), 8),
         torch.tensor([[3, 3], [2, 2]]),
+        torch.multinomial(torch.arange(1, 9).pow(-3.0), 600, replacement=True).view(300, 2),
     ],
-    ids=["one expert", "sentinels", "sentinels only", "an expert twice"],
+    ids=["one expert", "sentinels", "sentinels only", "an expert twice", "skewed"],
 )
+@pytest.mark.usefixtures("backend", "poisoned")
 def test_unusual_routing(index):
-    tensors, _ = _inputs(T=len(index), K=index.shape[1])
+    tensors, _ = make_inputs(T=len(index), K=index.shape[1])
     out, dx, d_gate_up, d_down, d_weights = _assert_matches(tensors, index)
     is_routed = index < 8
     assert (d_weights[~is_routed] == 0).all()
@@ -64,76 +48,51 @@ def test_unusual_routing(index):
     assert (d_down[unused] == 0).all()
 
 
-def test_sentinel_rows_never_read_uninitialised_memory(monkeypatch):
-    """grouped_mm leaves the rows past the last group as they are; here they are NaN."""
-    plain = torch.nn.functional.grouped_mm
-
-    class Poisoned(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, rows, end):
-            ctx.end = int(end)
-            return torch.where(torch.arange(len(rows))[:, None] < ctx.end, rows, torch.nan)
-
-        @staticmethod
-        def backward(ctx, grad):
-            keep = torch.arange(len(grad))[:, None] < ctx.end
-            return torch.where(keep, grad, torch.nan), None
-
-    def poisoned(rows, weight, offs):
-        return Poisoned.apply(plain(Poisoned.apply(rows, offs[-1]), weight, offs=offs), offs[-1])
-
-    tensors, _ = _inputs(T=4)
-    index = torch.tensor([[0, 7], [7, 8], [8, 8], [9, 1]])
-    truth = _run(scatter_moe_reference, tensors, index)
-    monkeypatch.setattr(torch.nn.functional, "grouped_mm", poisoned)
-    got = _run(scatter_moe, tensors, index)
-    for name, a, e in zip(("out", *NAMES), got, truth, strict=True):
-        assert_close(a, e, name=name)
-
-
+@pytest.mark.usefixtures("backend")
 def test_no_tokens():
-    out, *grads = _run(scatter_moe, *_inputs(T=0))
+    out, *grads = run_with_gradients(scatter_moe, *make_inputs(T=0))
     assert out.shape == (0, 48)
     assert all((g == 0).all() for g in grads)
     assert grads[1].shape == (8, 64, 48)
 
 
-def test_odd_widths_take_the_definition():
-    _assert_matches(*_inputs(D=50, F=30))
+@pytest.mark.usefixtures("backend", "poisoned")
+@pytest.mark.parametrize(("D", "F", "E"), [(50, 30, 8), (63, 33, 5), (16, 1, 1)])
+def test_odd_sizes(D, F, E):
+    _assert_matches(*make_inputs(D=D, F=F, E=E, K=1))
 
 
-def test_non_contiguous_inputs():
-    tensors, index = _inputs()
+@pytest.mark.usefixtures("backend")
+def test_non_contiguousmake_inputs():
+    tensors, index = make_inputs()
     strided = [t.transpose(-2, -1).contiguous().transpose(-2, -1) for t in tensors]
     assert not any(t.is_contiguous() for t in strided)
     got = [scatter_moe(*a[:3], index, a[3]) for a in (tensors, strided)]
     assert_close(got[1], got[0])
 
 
+@pytest.mark.usefixtures("backend")
 def test_two_runs_are_bit_equal():
-    inputs = _inputs(T=200, dtype=torch.bfloat16)
-    for a, b in zip(_run(scatter_moe, *inputs), _run(scatter_moe, *inputs), strict=True):
+    inputs = make_inputs(T=200, dtype=torch.bfloat16)
+    for a, b in zip(
+        run_with_gradients(scatter_moe, *inputs),
+        run_with_gradients(scatter_moe, *inputs),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
-def test_autocast_computes_in_its_dtype_and_returns_the_inputs():
-    tensors, index = _inputs()
-    truth = _run(scatter_moe_reference, tensors, index, torch.float64)
+@pytest.mark.usefixtures("backend")
+def test_autocast_computes_in_its_dtype_and_returns_themake_inputs():
+    tensors, index = make_inputs()
+    truth = run_with_gradients(scatter_moe_reference, tensors, index, torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        got = _run(scatter_moe, tensors, index)
+        got = run_with_gradients(scatter_moe, tensors, index)
     for name, a, e in zip(("out", *NAMES), got, truth, strict=True):
         assert a.dtype == torch.float32
         assert_close(a, e, name=name, rms=RMS_TOLERANCE[torch.bfloat16])
     error = (got[0].double() - truth[0]).norm() / truth[0].norm()
     assert error > 1e-4, "the products did not run in bfloat16"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_graph_without_host_synchronisation(dtype):
-    tensors, index = _inputs(dtype=dtype)
-    compiled = torch.compile(scatter_moe, backend="aot_eager", fullgraph=True)
-    args = (*tensors[:3], index, tensors[3])
-    assert_close(compiled(*args), scatter_moe(*args))
 
 
 @pytest.mark.parametrize(
@@ -143,10 +102,12 @@ def test_one_graph_without_host_synchronisation(dtype):
         (1, torch.zeros(8, 48, 64), r"gate_up_proj has shape \(8, 48, 64\), expected \(E, 2F, D\)"),
         (2, torch.zeros(8, 48, 32).bfloat16(), "down_proj torch.bfloat16"),
         (3, torch.zeros(36, 2), r"top_k_weights has shape \(36, 2\)"),
+        (3, torch.zeros(37, 2).long(), "top_k_weights torch.int64"),
+        (0, torch.zeros(37, 48, device="meta"), "on cpu, meta"),
     ],
 )
 def test_wrong_arguments_are_named(position, replacement, message):
-    tensors, index = _inputs()
+    tensors, index = make_inputs()
     tensors[position] = replacement
     with pytest.raises(ValueError, match=message):
         scatter_moe(*tensors[:3], index, tensors[3])

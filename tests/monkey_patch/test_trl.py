@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from monkey_patch import PATCHES, apply_patches, router_statistics
+from monkey_patch import apply_patches, router_statistics
+from tests.training import PATCHES
 
 trl = pytest.importorskip("trl")
 

@@ -1,5 +1,5 @@
-"""Load balancing of a top-k router: its statistics, its loss and the gradient of that loss."""
+"""A top-k router: softmax, choice, load statistics, and the gradient of its balance loss."""
 
-from monkey_patch.kernels.router.op import add_balance_gradient, routed_counts, routing_sums
+from monkey_patch.kernels.router.op import Balance, Routed, route
 
-__all__ = ["add_balance_gradient", "routed_counts", "routing_sums"]
+__all__ = ["Balance", "Routed", "route"]

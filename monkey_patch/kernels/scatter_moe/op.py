@@ -1,26 +1,20 @@
-"""The public mixture-of-experts op: sort the routed rows by expert, two grouped products, combine.
+"""The public mixture-of-experts op: checks, autocast, the custom ops and their autograd.
 
-Plain torch around `F.grouped_mm`, without a host synchronisation. Rows whose index is E or more
-(sentinels of expert parallelism) sort to the tail, past the last group. grouped_mm leaves their
-rows of its output and of its input gradient uninitialised, hence the two masks: one on the gathered
-rows (its backward clears the input gradient), one before the weighted sum. In between, tail rows
-are only ever read by a product that skips them.
-
-Memory: autograd keeps the gathered rows and both products, and F.grouped_mm keeps views of the
-weights, never copies. Under autocast with float32 weights a cast copy of them is kept.
+`monkey_patch::scatter_moe` is one operator, so that torch.compile has nothing to break on and
+selective activation checkpointing can name it: a policy that saves its results never runs an expert
+product, nor the routing, a second time. Saved for the backward pass are the arguments themselves
+(never a view, transpose or cast of a weight, which would keep gathered ZeRO-3 parameters alive),
+hidden and the routing: 2 * K * (2F + 4) bytes per token in bf16, or 8 * K with `recompute_hidden`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 
-from monkey_patch.kernels.scatter_moe.reference import scatter_moe_reference
-
-# What F.grouped_mm takes (torch 2.13): at least one row, row strides that are multiples of 16 bytes
-# and these dtypes, of which torch.compile knows the shapes of bf16 results only.
-_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ALIGNMENT_BYTES = 16
+from monkey_patch.kernels.scatter_moe.block import expert_backward, expert_forward
+from monkey_patch.kernels.scatter_moe.routing import Routing
 
 
 def scatter_moe(
@@ -29,68 +23,163 @@ def scatter_moe(
     down_proj_EDF: torch.Tensor,
     top_k_index_TK: torch.Tensor,
     top_k_weights_TK: torch.Tensor,
+    *,
+    recompute_hidden: bool = False,
+    accumulate_gradients: bool = False,
 ) -> torch.Tensor:
     """Route each token through its K experts (SwiGLU) and add the results with their weights.
 
-    Differentiable in all arguments but the index. Deterministic: stable sort, one writer per
-    element, fixed order over K. Float64, widths D or F whose rows are not multiples of 16 bytes,
-    and dtypes other than bf16 under torch.compile take the dense definition in `reference` (E / K
-    times the work) instead of grouped products.
+    Differentiable once in all arguments but the index. Deterministic: stable sort, one writer per
+    element, fixed order over K. Products accumulate in float32. On CUDA, and on CPU tensors when
+    TRITON_INTERPRET=1, float32, bfloat16 and float16 run on Triton kernels without a host
+    synchronisation; everything else in plain torch. float32 products on CUDA follow
+    torch.set_float32_matmul_precision.
 
     Args:
         x_TD: (T, D) hidden states, T >= 0.
         gate_up_proj_E2FD: (E, 2F, D), the dtype of `x_TD`; any dtype under autocast.
         down_proj_EDF: (E, D, F), likewise.
-        top_k_index_TK: (T, K) integers >= 0; E or more contributes nothing and gets no gradient.
+        top_k_index_TK: (T, K) integers; outside [0, E) contributes nothing and gets no gradient.
         top_k_weights_TK: (T, K) routing weights, any float dtype.
+        recompute_hidden: compute the (T * K, 2F) result of the first product again in the backward
+            pass instead of keeping it; two ninths more work, the same bits.
+        accumulate_gradients: add the gradients of the two weights to their `.grad` where they have
+            one, inside the kernels. Saves a temporary and a pass, but hooks on these gradients do
+            not fire; ignored under torch.compile.
 
     Returns:
         (T, D) in the dtype of `x_TD`; under autocast computed in the autocast dtype.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together.
+        ValueError: shapes, dtypes or devices do not fit together.
     """
     _check(x_TD, gate_up_proj_E2FD, down_proj_EDF, top_k_index_TK, top_k_weights_TK)
-    device = x_TD.device.type
-    out_dtype, dtype = x_TD.dtype, x_TD.dtype
+    device, out_dtype = x_TD.device.type, x_TD.dtype
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    x_TD, gate_up, down = (t.to(dtype) for t in (x_TD, gate_up_proj_E2FD, down_proj_EDF))
+        x_TD = x_TD.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        run = _grouped if _is_groupable(x_TD, down) else scatter_moe_reference
-        return run(x_TD, gate_up, down, top_k_index_TK, top_k_weights_TK).to(out_dtype)
+        out_TD, *_ = _scatter_moe(
+            x_TD, gate_up_proj_E2FD, down_proj_EDF, top_k_index_TK, top_k_weights_TK,
+            recompute_hidden, accumulate_gradients,
+        )  # fmt: skip
+    return out_TD.to(out_dtype)
 
 
-def _grouped(
-    x_TD: torch.Tensor,
-    gate_up_proj_E2FD: torch.Tensor,
-    down_proj_EDF: torch.Tensor,
-    top_k_index_TK: torch.Tensor,
-    top_k_weights_TK: torch.Tensor,
-) -> torch.Tensor:
-    num_experts, (num_tokens, top_k) = gate_up_proj_E2FD.shape[0], top_k_index_TK.shape
-    expert_N, order_N = torch.sort(top_k_index_TK.reshape(-1), stable=True)
-    experts_E = torch.arange(num_experts, device=x_TD.device, dtype=expert_N.dtype)
-    ends_E = torch.searchsorted(expert_N, experts_E, right=True, out_int32=True)
-    is_tail_N1 = (expert_N >= num_experts)[:, None]
-
-    rows_ND = x_TD[order_N // top_k].masked_fill(is_tail_N1, 0)
-    hidden_N2F = F.grouped_mm(rows_ND, gate_up_proj_E2FD.transpose(1, 2), offs=ends_E)
-    gate_NF, up_NF = hidden_N2F.chunk(2, dim=-1)
-    y_ND = F.grouped_mm(F.silu(gate_NF) * up_NF, down_proj_EDF.transpose(1, 2), offs=ends_E)
-    y_ND = y_ND.masked_fill(is_tail_N1, 0)
-
-    y_TKD = y_ND[torch.argsort(order_N)].view(num_tokens, top_k, -1)
-    # A batched product accumulates over K in float32 and rounds once, without a float32 copy of y.
-    weights_T1K = top_k_weights_TK.to(y_TKD.dtype)[:, None, :]
-    return torch.bmm(weights_T1K, y_TKD)[:, 0]
+_Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _is_groupable(x_TD: torch.Tensor, down_proj_EDF: torch.Tensor) -> bool:
-    widths = (x_TD.shape[1], down_proj_EDF.shape[2])
-    is_aligned = all(w * x_TD.element_size() % _ALIGNMENT_BYTES == 0 for w in widths)
-    dtypes = (torch.bfloat16,) if torch.compiler.is_compiling() else _GROUPED_DTYPES
-    return x_TD.shape[0] > 0 and x_TD.dtype in dtypes and is_aligned
+@torch.library.custom_op("monkey_patch::scatter_moe", mutates_args=())
+def _scatter_moe(
+    x: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    recompute_hidden: bool,
+    accumulate_gradients: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    out, hidden, routing = expert_forward(
+        x, gate_up_proj, down_proj, top_k_index, top_k_weights, keep_hidden=not recompute_hidden
+    )
+    hidden = x.new_empty(0) if hidden is None else hidden
+    return out, hidden, routing.offsets, routing.slot_of_row, routing.row_of_slot
+
+
+@_scatter_moe.register_fake
+def _scatter_moe_shapes(
+    x: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    recompute_hidden: bool,
+    accumulate_gradients: bool,
+) -> _Outputs:
+    rows, (experts, width, _) = top_k_index.numel(), gate_up_proj.shape
+    hidden = x.new_empty(0) if recompute_hidden else x.new_empty(rows, width)
+    sizes = (experts + 1, rows, rows)
+    offsets, slot_of_row, row_of_slot = (x.new_empty(n, dtype=torch.int32) for n in sizes)
+    return x.new_empty(x.shape), hidden, offsets, slot_of_row, row_of_slot
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
+    x, gate_up_proj, down_proj, _, weights, _, ctx.accumulate_gradients = inputs
+    ctx.save_for_backward(x, gate_up_proj, down_proj, weights, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    # Otherwise autograd makes zeros of hidden's size for a gradient that nobody asked for.
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_out: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    if d_out is None:
+        return (None,) * 7
+    x, gate_up, down, weights, hidden, *routing = ctx.saved_tensors
+    needs_x, needs_gate_up, needs_down, _, needs_weights = ctx.needs_input_grad[:5]
+    needs = [needs_x, needs_gate_up, needs_down, needs_weights]
+    existing = _existing(gate_up), _existing(down)
+    if ctx.accumulate_gradients and any(grad is not None for grad in existing):
+        gradients = expert_backward(
+            d_out, x, gate_up, down, weights, hidden if hidden.numel() else None,
+            Routing(*routing), needs=needs, accumulate_into=existing,
+        )  # fmt: skip
+    else:
+        found = _scatter_moe_backward(d_out, x, gate_up, down, weights, hidden, *routing, needs)
+        gradients = [grad if need else None for grad, need in zip(found, needs, strict=True)]
+    d_x, d_gate_up, d_down, d_weights = gradients
+    return d_x, d_gate_up, d_down, None, d_weights, None, None
+
+
+def _existing(weight: torch.Tensor) -> torch.Tensor | None:
+    """Return the gradient that a kernel may add to."""
+    if torch.compiler.is_compiling() or not weight.is_leaf or weight.grad is None:
+        return None
+    return weight.grad if weight.grad.is_contiguous() else None
+
+
+_scatter_moe.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("monkey_patch::scatter_moe_backward", mutates_args=())
+def _scatter_moe_backward(
+    d_out: torch.Tensor,
+    x: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    hidden: torch.Tensor,
+    offsets: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    row_of_slot: torch.Tensor,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of `expert_backward`; an empty tensor for one that is not needed."""
+    gradients = expert_backward(
+        d_out, x, gate_up_proj, down_proj, top_k_weights, hidden if hidden.numel() else None,
+        Routing(offsets, slot_of_row, row_of_slot), needs=needs,
+    )  # fmt: skip
+    d_x, d_gate_up, d_down, d_weights = (x.new_empty(0) if g is None else g for g in gradients)
+    return d_x, d_gate_up, d_down, d_weights
+
+
+@_scatter_moe_backward.register_fake
+def _scatter_moe_backward_shapes(
+    d_out: torch.Tensor,
+    x: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    hidden: torch.Tensor,
+    offsets: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    row_of_slot: torch.Tensor,
+    needs: list[bool],
+) -> _Gradients:
+    of = (x, gate_up_proj, down_proj, top_k_weights)
+    d_x, d_gate_up, d_down, d_weights = (
+        t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(of, needs, strict=True)
+    )
+    return d_x, d_gate_up, d_down, d_weights
 
 
 def _check(
@@ -118,6 +207,14 @@ def _check(
             f"top_k_weights has shape {tuple(top_k_weights_TK.shape)}, top_k_index "
             f"{tuple(top_k_index_TK.shape)}; they must agree"
         )
+    if top_k_index_TK.is_floating_point() or not top_k_weights_TK.is_floating_point():
+        raise ValueError(
+            f"top_k_index is {top_k_index_TK.dtype} and top_k_weights {top_k_weights_TK.dtype}; "
+            "the first has to be integer, the second floating-point"
+        )
+    tensors = (x_TD, gate_up_proj_E2FD, down_proj_EDF, top_k_index_TK, top_k_weights_TK)
+    if len(devices := {str(t.device) for t in tensors}) > 1:
+        raise ValueError(f"the arguments are on {', '.join(sorted(devices))}; move them to one")
     dtypes = {x_TD.dtype, gate_up_proj_E2FD.dtype, down_proj_EDF.dtype}
     if len(dtypes) > 1 and not torch.is_autocast_enabled(x_TD.device.type):
         raise ValueError(

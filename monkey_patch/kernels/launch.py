@@ -1,0 +1,54 @@
+"""A kernel launch as a value: one description is run, interpreted or compiled ahead of time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel with everything it is launched with.
+
+    Attributes:
+        kernel: a `triton.jit` function.
+        grid: number of programs.
+        arguments: by parameter name: tensors, `TensorDescriptor`s, integers and constexprs. Meta
+            tensors do for compiling.
+        num_warps: warps per program.
+        num_stages: depth of software pipelining.
+    """
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def run(self) -> None:
+        """Launch on the current stream of the tensors' device; an empty grid launches nothing."""
+        if self.grid == 0:
+            return
+        tensor = next(v for v in self.arguments.values() if isinstance(v, torch.Tensor))
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device_of(tensor):
+            self.kernel[(self.grid,)](
+                **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
+            )
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, for messages."""
+        return self.kernel.fn.__name__.strip("_")
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """Divide and round up."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(number: int) -> int:
+    """Return the smallest power of two that is not below `number` >= 1."""
+    return 1 << (number - 1).bit_length()

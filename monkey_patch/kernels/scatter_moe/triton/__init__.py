@@ -1,0 +1,1 @@
+"""The stages of the mixture-of-experts block as Triton kernels, one stage per file."""

@@ -1,0 +1,186 @@
+"""From the gradient of the output to the gradient of the hidden rows, through down and SwiGLU.
+
+With g = d_out[token] @ down[e] the gradient of the routing weight is <g, act>, so the output of the
+down projection is never needed (SonicMoE, arXiv 2512.14080). The epilogue works on one half of the
+tile's columns at a time: with all of them at once it spills registers on sm_90 and sm_100.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from monkey_patch.kernels.launch import Launch, cdiv
+from monkey_patch.kernels.scatter_moe.triton.rows import grid_of, precision_of, row_tile
+from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, takes_tma
+
+
+@triton.jit(do_not_specialize=["num_row_tiles", "num_slots"])
+def _activation_gradient_kernel(
+    d_out_ptr,
+    weight,
+    hidden_ptr,
+    routing_weights_ptr,
+    d_hidden_ptr,
+    scaled_act_ptr,
+    partial_ptr,
+    slot_of_row_ptr,
+    tiles_ptr,
+    num_row_tiles,
+    num_slots,
+    NUM_EXPERTS: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    TOP_K: tl.constexpr,
+    STORE_ACT: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    COLUMN_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    for work in range(tl.program_id(0), num_row_tiles * COLUMN_TILES, tl.num_programs(0)):
+        expert, first_row, end_row = row_tile(tiles_ptr, num_row_tiles, work // COLUMN_TILES)
+        if expert < NUM_EXPERTS:
+            column = (work % COLUMN_TILES) * BLOCK_N
+            rows = first_row + tl.arange(0, BLOCK_M)
+            is_row = rows < end_row
+            slot = tl.load(slot_of_row_ptr + rows, mask=is_row, other=0)
+            columns = column + tl.arange(0, BLOCK_N)
+            is_column = (columns < F)[None, :]
+            ks = tl.arange(0, BLOCK_K)
+            d_out_ptrs = d_out_ptr + (slot // TOP_K).to(tl.int64)[:, None] * D + ks[None, :]
+            if not TMA:
+                w_ptrs = weight + (expert.to(tl.int64) * D + ks[:, None]) * F + columns[None, :]
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for k in range(0, D, BLOCK_K):
+                is_k = ks + k < D
+                d_out = tl.load(d_out_ptrs + k, mask=is_row[:, None] & is_k[None, :], other=0.0)
+                if TMA:
+                    w = weight.load([expert * D + k, column])
+                else:
+                    w = tl.load(w_ptrs + k * F, mask=is_column & is_k[:, None], other=0.0)
+                acc = tl.dot(d_out, w, acc, input_precision=PRECISION)
+
+            factor = tl.load(routing_weights_ptr + slot, mask=is_row, other=0.0).to(tl.float32)
+            left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+            partial = _swiglu_gradient(
+                left, factor, rows, is_row, column, hidden_ptr, d_hidden_ptr, scaled_act_ptr,
+                F, STORE_ACT, BLOCK_N // 2,
+            )  # fmt: skip
+            partial += _swiglu_gradient(
+                right, factor, rows, is_row, column + BLOCK_N // 2, hidden_ptr, d_hidden_ptr,
+                scaled_act_ptr, F, STORE_ACT, BLOCK_N // 2,
+            )  # fmt: skip
+            place = (work % COLUMN_TILES) * num_slots.to(tl.int64) + rows
+            tl.store(partial_ptr + place, partial, mask=is_row)
+
+
+@triton.jit
+def _swiglu_gradient(
+    d_act,
+    factor,
+    rows,
+    is_row,
+    first_column,
+    hidden_ptr,
+    d_hidden_ptr,
+    scaled_act_ptr,
+    F: tl.constexpr,
+    STORE_ACT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Store the gradient of gate and up and factor * act; return <d_act, act> of every row."""
+    columns = first_column + tl.arange(0, WIDTH)[None, :]
+    mask = is_row[:, None] & (columns < F)
+    rows = rows.to(tl.int64)[:, None]
+    places = rows * (2 * F) + columns
+    gate = tl.load(hidden_ptr + places, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(hidden_ptr + places + F, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    act = silu * up
+    factor = factor[:, None]
+    if STORE_ACT:
+        scaled = (act * factor).to(scaled_act_ptr.dtype.element_ty)
+        tl.store(scaled_act_ptr + rows * F + columns, scaled, mask=mask)
+    d_factor = tl.sum(tl.where(mask, d_act * act, 0.0), axis=1)
+    d_act *= factor
+    d_gate = d_act * up * (sigmoid + silu * (1.0 - sigmoid))
+    tl.store(d_hidden_ptr + places, d_gate.to(d_hidden_ptr.dtype.element_ty), mask=mask)
+    d_up = (d_act * silu).to(d_hidden_ptr.dtype.element_ty)
+    tl.store(d_hidden_ptr + places + F, d_up, mask=mask)
+    return d_factor
+
+
+def activation_gradient_launch(
+    d_out_TD: torch.Tensor,
+    down_proj_EDF: torch.Tensor,
+    hidden_N2F: torch.Tensor,
+    weights_TK: torch.Tensor,
+    d_hidden_N2F: torch.Tensor,
+    scaled_act_NF: torch.Tensor | None,
+    partial_PN: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    row_tiles: torch.Tensor,
+    tiles: Tiles,
+) -> Launch:
+    """Return the launch that fills `d_hidden_N2F`, `scaled_act_NF` and `partial_PN`.
+
+    Args:
+        d_out_TD: (T, D) gradient of the block's output, contiguous.
+        down_proj_EDF: (E, D, F) contiguous, the dtype of `d_out_TD`.
+        hidden_N2F: (T * K, 2F) of the up stage.
+        weights_TK: (T, K) routing weights, contiguous.
+        d_hidden_N2F: (T * K, 2F).
+        scaled_act_NF: (T * K, F) routing weight times act; None leaves it out.
+        partial_PN: (`num_partials`, T * K) float32, sums to the routing weights' gradient per row.
+        slot_of_row: of the `Routing`.
+        row_tiles: map for `tiles.block_m`.
+        tiles: the cut.
+    """
+    num_experts, depth, width = down_proj_EDF.shape
+    tiles = tiles.fit(columns=width, depth=depth)
+    tma = tiles.tma and depth % tiles.block_k == 0 and takes_tma(down_proj_EDF)
+    weight = down_proj_EDF
+    if tma:
+        flat = down_proj_EDF.view(num_experts * depth, width)
+        weight = TensorDescriptor.from_tensor(flat, [tiles.block_k, tiles.block_n])
+    num_row_tiles = row_tiles.shape[1]
+    return Launch(
+        _activation_gradient_kernel,
+        grid_of(tiles, num_row_tiles * cdiv(width, tiles.block_n), d_out_TD),
+        {
+            "d_out_ptr": d_out_TD,
+            "weight": weight,
+            "hidden_ptr": hidden_N2F,
+            "routing_weights_ptr": weights_TK,
+            "d_hidden_ptr": d_hidden_N2F,
+            "scaled_act_ptr": d_hidden_N2F if scaled_act_NF is None else scaled_act_NF,
+            "partial_ptr": partial_PN,
+            "slot_of_row_ptr": slot_of_row,
+            "tiles_ptr": row_tiles,
+            "num_row_tiles": num_row_tiles,
+            "num_slots": len(slot_of_row),
+            "NUM_EXPERTS": num_experts,
+            "D": depth,
+            "F": width,
+            "TOP_K": weights_TK.shape[1],
+            "STORE_ACT": scaled_act_NF is not None,
+            "TMA": tma,
+            "PRECISION": precision_of(d_out_TD.dtype),
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_K": tiles.block_k,
+        },
+        tiles.num_warps,
+        tiles.num_stages,
+    )
+
+
+def num_partials(width: int, tiles: Tiles) -> int:
+    """Return how many partial sums per row the stage writes for F = `width`."""
+    return cdiv(width, tiles.fit(columns=width, depth=width).block_n)

@@ -1,0 +1,58 @@
+"""What the stages share that work on row tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from monkey_patch.kernels.scatter_moe.routing import Routing, num_row_tiles
+from monkey_patch.kernels.scatter_moe.triton.routing import tile_launch
+from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles
+
+
+@triton.jit
+def row_tile(tiles_ptr, num_row_tiles, tile):
+    """Return expert (E past the last tile), first row, and end row of the expert."""
+    expert = tl.load(tiles_ptr + tile)
+    first_row = tl.load(tiles_ptr + num_row_tiles + tile)
+    end_row = tl.load(tiles_ptr + 2 * num_row_tiles + tile)
+    return expert, first_row, end_row
+
+
+class RowTiles:
+    """Maps from tile to expert and rows, one per tile height, made once for all stages."""
+
+    def __init__(self, routing: Routing):
+        self.routing = routing
+        self._maps: dict[int, torch.Tensor] = {}
+
+    def map(self, block_m: int) -> torch.Tensor:
+        """Return the (3, num_row_tiles) int32 map; launches a kernel at first use."""
+        if block_m not in self._maps:
+            tiles, launch = self.new(block_m)
+            launch.run()
+            self._maps[block_m] = tiles
+        return self._maps[block_m]
+
+    def new(self, block_m: int) -> tuple[torch.Tensor, Any]:
+        """Return an empty map and the launch that fills it."""
+        num_slots, num_experts = len(self.routing.slot_of_row), len(self.routing.offsets) - 1
+        count = num_row_tiles(num_slots, num_experts, block_m)
+        tiles = self.routing.offsets.new_empty((3, count))
+        return tiles, tile_launch(self.routing, block_m, tiles)
+
+
+def grid_of(tiles: Tiles, num_tiles: int, tensor: torch.Tensor) -> int:
+    """Return the number of programs for `num_tiles` tiles."""
+    if not (tiles.persistent and tensor.is_cuda):
+        return num_tiles
+    return min(num_tiles, torch.cuda.get_device_properties(tensor.device).multi_processor_count)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Return tl.dot's input precision; float32 follows torch.set_float32_matmul_precision."""
+    is_exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if is_exact else "tf32"

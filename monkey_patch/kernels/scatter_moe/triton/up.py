@@ -1,0 +1,164 @@
+"""Gather the rows of each expert, multiply by gate and up projection, apply SwiGLU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from monkey_patch.kernels.launch import Launch, cdiv
+from monkey_patch.kernels.scatter_moe.triton.rows import grid_of, precision_of, row_tile
+from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, takes_tma
+
+
+@triton.jit(do_not_specialize=["num_row_tiles"])
+def _up_kernel(
+    x_ptr,
+    weight,
+    hidden_ptr,
+    act_ptr,
+    slot_of_row_ptr,
+    tiles_ptr,
+    num_row_tiles,
+    NUM_EXPERTS: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    TOP_K: tl.constexpr,
+    STORE_HIDDEN: tl.constexpr,
+    STORE_ACT: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Compute hidden = x[token] @ weight[e].T and silu(gate) * up; both halves share the x tile."""
+    COLUMN_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    for work in range(tl.program_id(0), num_row_tiles * COLUMN_TILES, tl.num_programs(0)):
+        # Column tiles of the same rows are neighbours, so that x comes from L2 after the first.
+        expert, first_row, end_row = row_tile(tiles_ptr, num_row_tiles, work // COLUMN_TILES)
+        if expert < NUM_EXPERTS:
+            column = (work % COLUMN_TILES) * BLOCK_N
+            rows = first_row + tl.arange(0, BLOCK_M)
+            is_row = (rows < end_row)[:, None]
+            columns = column + tl.arange(0, BLOCK_N)
+            ks = tl.arange(0, BLOCK_K)
+            token = tl.load(slot_of_row_ptr + rows, mask=rows < end_row, other=0) // TOP_K
+            x_ptrs = x_ptr + token.to(tl.int64)[:, None] * D + ks[None, :]
+            gate_row = expert * (2 * F) + column
+            is_column = columns < F
+            if not TMA:
+                gate_rows = (expert.to(tl.int64) * (2 * F) + columns) * D
+                w_ptrs = weight + gate_rows[None, :] + ks[:, None]
+            gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for k in range(0, D, BLOCK_K):
+                if D % BLOCK_K == 0:
+                    x = tl.load(x_ptrs + k, mask=is_row, other=0.0)
+                else:
+                    x = tl.load(x_ptrs + k, mask=is_row & (ks + k < D)[None, :], other=0.0)
+                if TMA:
+                    gate_w = weight.load([gate_row, k]).T
+                    up_w = weight.load([gate_row + F, k]).T
+                elif D % BLOCK_K == 0 and F % BLOCK_N == 0:
+                    gate_w = tl.load(w_ptrs + k)
+                    up_w = tl.load(w_ptrs + k + F * D)
+                else:
+                    is_weight = is_column[None, :] & (ks + k < D)[:, None]
+                    gate_w = tl.load(w_ptrs + k, mask=is_weight, other=0.0)
+                    up_w = tl.load(w_ptrs + k + F * D, mask=is_weight, other=0.0)
+                gate = tl.dot(x, gate_w, gate, input_precision=PRECISION)
+                up = tl.dot(x, up_w, up, input_precision=PRECISION)
+            _store_up(
+                gate, up, hidden_ptr, act_ptr, rows, columns, is_row & is_column[None, :],
+                F, STORE_HIDDEN, STORE_ACT,
+            )  # fmt: skip
+
+
+@triton.jit
+def _store_up(
+    gate,
+    up,
+    hidden_ptr,
+    act_ptr,
+    rows,
+    columns,
+    mask,
+    F: tl.constexpr,
+    STORE_HIDDEN: tl.constexpr,
+    STORE_ACT: tl.constexpr,
+):
+    rows = rows.to(tl.int64)[:, None]
+    # The backward pass computes act again from the stored hidden: round before, not after.
+    gate = gate.to(hidden_ptr.dtype.element_ty)
+    up = up.to(hidden_ptr.dtype.element_ty)
+    if STORE_HIDDEN:
+        hidden_ptrs = hidden_ptr + rows * (2 * F) + columns[None, :]
+        tl.store(hidden_ptrs, gate, mask=mask)
+        tl.store(hidden_ptrs + F, up, mask=mask)
+    if STORE_ACT:
+        gate = gate.to(tl.float32)
+        act = gate * tl.sigmoid(gate) * up.to(tl.float32)
+        act_ptrs = act_ptr + rows * F + columns[None, :]
+        tl.store(act_ptrs, act.to(act_ptr.dtype.element_ty), mask=mask)
+
+
+def up_launch(
+    x_TD: torch.Tensor,
+    gate_up_proj_E2FD: torch.Tensor,
+    hidden_N2F: torch.Tensor | None,
+    act_NF: torch.Tensor | None,
+    slot_of_row: torch.Tensor,
+    row_tiles: torch.Tensor,
+    top_k: int,
+    tiles: Tiles,
+) -> Launch:
+    """Return the launch that fills `hidden_N2F` and `act_NF`; None leaves one out.
+
+    Args:
+        x_TD: (T, D) contiguous.
+        gate_up_proj_E2FD: (E, 2F, D) contiguous, the dtype of `x_TD`.
+        hidden_N2F: (T * K, 2F) rows sorted by expert, gate before up.
+        act_NF: (T * K, F) silu(gate) * up.
+        slot_of_row: of the `Routing`.
+        row_tiles: map for `tiles.block_m`.
+        top_k: K.
+        tiles: the cut.
+    """
+    num_experts, width, depth = gate_up_proj_E2FD.shape
+    tiles = tiles.fit(columns=width // 2, depth=depth)
+    tma = tiles.tma and takes_tma(gate_up_proj_E2FD)
+    weight = gate_up_proj_E2FD
+    if tma:
+        flat = gate_up_proj_E2FD.view(num_experts * width, depth)
+        weight = TensorDescriptor.from_tensor(flat, [tiles.block_n, tiles.block_k])
+    num_row_tiles = row_tiles.shape[1]
+    num_tiles = num_row_tiles * cdiv(width // 2, tiles.block_n)
+    return Launch(
+        _up_kernel,
+        grid_of(tiles, num_tiles, x_TD),
+        {
+            "x_ptr": x_TD,
+            "weight": weight,
+            # A pointer that is not written through still tells the kernel the dtype to round to.
+            "hidden_ptr": x_TD if hidden_N2F is None else hidden_N2F,
+            "act_ptr": x_TD if act_NF is None else act_NF,
+            "slot_of_row_ptr": slot_of_row,
+            "tiles_ptr": row_tiles,
+            "num_row_tiles": num_row_tiles,
+            "NUM_EXPERTS": num_experts,
+            "D": depth,
+            "F": width // 2,
+            "TOP_K": top_k,
+            "STORE_HIDDEN": hidden_N2F is not None,
+            "STORE_ACT": act_NF is not None,
+            "TMA": tma,
+            "PRECISION": precision_of(x_TD.dtype),
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_K": tiles.block_k,
+        },
+        tiles.num_warps,
+        tiles.num_stages,
+    )

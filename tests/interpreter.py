@@ -1,0 +1,80 @@
+"""Triton's interpreter for this test process, with bfloat16 made right.
+
+The interpreter is chosen when kernels are decorated, Triton's own helpers included, so the variable
+has to be set before the first import of triton. It is taken back afterwards: the public functions
+look at it at each call and use the kernels on CPU tensors only while it is set (see
+`use_kernels`). Triton 3.7.1 multiplies the bit patterns of bfloat16 and truncates instead of
+rounding when it casts to it; both are mended here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+VARIABLE = "TRITON_INTERPRET"
+KERNEL_MODULES = (
+    "monkey_patch.kernels.scatter_moe.triton.stages",
+    "monkey_patch.kernels.router.triton.stages",
+)
+
+
+def enable() -> None:
+    """Import triton and the project's kernels in interpreted form."""
+    if torch.cuda.is_available() and os.environ.get(VARIABLE) != "1":
+        return
+    if "triton" in sys.modules:
+        raise RuntimeError("triton was imported before tests.interpreter.enable()")
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = "1"
+    _mend_bfloat16()
+    for name in KERNEL_MODULES:
+        __import__(name)
+    if before is None:
+        del os.environ[VARIABLE]
+
+
+def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send CPU tensors through the interpreted kernels for the rest of the test."""
+    if torch.cuda.is_available():
+        pytest.skip("Triton compiles in this process; tests/gpu runs the kernels themselves")
+    monkeypatch.setenv(VARIABLE, "1")
+
+
+def _mend_bfloat16() -> None:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    plain_dot, plain_cast = builder.create_dot, builder.cast_impl
+
+    def widen(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        return plain_dot(self, widen(a), widen(b), d, *options)
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return plain_cast(self, src, dst_type)
+        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16)
+        data = rounded.view(torch.uint16).numpy().reshape(src.data.shape)
+        return interpreter.TensorHandle(data, tl.bfloat16)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    for name in ("create_fp_ext", "create_fp_trunc"):
+        setattr(builder, name, _calls_cast(builder))
+    interpreter.InterpreterBuilder = builder
+
+
+def _calls_cast(builder: Any) -> Callable[[Any, Any, Any], Any]:
+    return lambda self, src, dst_type: builder.cast_impl(self, src, dst_type)
