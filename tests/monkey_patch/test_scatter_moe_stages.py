@@ -120,14 +120,9 @@ def block():
 def test_every_cut_gives_the_same_result(block, sizes, tma):
     m, n, k = sizes
     truth = block(SMALL)
-    for got, expected in zip(block(Tiles(m, n, k, 4, 1, tma=tma)), truth, strict=True):
+    tiles = Tiles(m, n, k, 4, 1, tma=tma, epilogue_n=16)
+    for got, expected in zip(block(tiles), truth, strict=True):
         assert_close(got, expected, rms=1e-6)
-
-
-@pytest.mark.usefixtures("poisoned")
-def test_descriptors_and_pointers_read_the_same(block):
-    for got, expected in zip(block(replace(SMALL, tma=True)), block(SMALL), strict=True):
-        assert torch.equal(got, expected)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -1,8 +1,8 @@
 """From the gradient of the output to the gradient of the hidden rows, through down and SwiGLU.
 
 With g = d_out[token] @ down[e] the gradient of the routing weight is <g, act>, so the output of the
-down projection is never needed (SonicMoE, arXiv 2512.14080). The epilogue works on one half of the
-tile's columns at a time: with all of them at once it spills registers on sm_90 and sm_100.
+down projection is never needed (SonicMoE, arXiv 2512.14080). The epilogue takes a few columns of
+the tile at a time: with all of them at once it spills registers on sm_90 and sm_100.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def _activation_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EPILOGUE_N: tl.constexpr,
 ):
     COLUMN_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     for work in range(tl.program_id(0), num_row_tiles * COLUMN_TILES, tl.num_programs(0)):
@@ -66,14 +67,9 @@ def _activation_gradient_kernel(
                 acc = tl.dot(d_out, w, acc, input_precision=PRECISION)
 
             factor = tl.load(routing_weights_ptr + slot, mask=is_row, other=0.0).to(tl.float32)
-            left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
             partial = _swiglu_gradient(
-                left, factor, rows, is_row, column, hidden_ptr, d_hidden_ptr, scaled_act_ptr,
-                F, STORE_ACT, BLOCK_N // 2,
-            )  # fmt: skip
-            partial += _swiglu_gradient(
-                right, factor, rows, is_row, column + BLOCK_N // 2, hidden_ptr, d_hidden_ptr,
-                scaled_act_ptr, F, STORE_ACT, BLOCK_N // 2,
+                acc, factor, rows, is_row, column, hidden_ptr, d_hidden_ptr, scaled_act_ptr,
+                F, STORE_ACT, BLOCK_N, EPILOGUE_N,
             )  # fmt: skip
             place = (work % COLUMN_TILES) * num_slots.to(tl.int64) + rows
             tl.store(partial_ptr + place, partial, mask=is_row)
@@ -92,27 +88,40 @@ def _swiglu_gradient(
     F: tl.constexpr,
     STORE_ACT: tl.constexpr,
     WIDTH: tl.constexpr,
+    EPILOGUE_N: tl.constexpr,
 ):
     """Store the gradient of gate and up and factor * act; return <d_act, act> of every row."""
-    columns = first_column + tl.arange(0, WIDTH)[None, :]
-    mask = is_row[:, None] & (columns < F)
-    rows = rows.to(tl.int64)[:, None]
-    places = rows * (2 * F) + columns
-    gate = tl.load(hidden_ptr + places, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(hidden_ptr + places + F, mask=mask, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    act = silu * up
-    factor = factor[:, None]
-    if STORE_ACT:
-        scaled = (act * factor).to(scaled_act_ptr.dtype.element_ty)
-        tl.store(scaled_act_ptr + rows * F + columns, scaled, mask=mask)
-    d_factor = tl.sum(tl.where(mask, d_act * act, 0.0), axis=1)
-    d_act *= factor
-    d_gate = d_act * up * (sigmoid + silu * (1.0 - sigmoid))
-    tl.store(d_hidden_ptr + places, d_gate.to(d_hidden_ptr.dtype.element_ty), mask=mask)
-    d_up = (d_act * silu).to(d_hidden_ptr.dtype.element_ty)
-    tl.store(d_hidden_ptr + places + F, d_up, mask=mask)
+    if WIDTH > EPILOGUE_N:
+        # Halves come out of the accumulator without moving: a thread holds columns of both.
+        left, right = d_act.reshape(d_act.shape[0], 2, WIDTH // 2).permute(0, 2, 1).split()
+        d_factor = _swiglu_gradient(
+            left, factor, rows, is_row, first_column, hidden_ptr, d_hidden_ptr, scaled_act_ptr,
+            F, STORE_ACT, WIDTH // 2, EPILOGUE_N,
+        )  # fmt: skip
+        d_factor += _swiglu_gradient(
+            right, factor, rows, is_row, first_column + WIDTH // 2, hidden_ptr, d_hidden_ptr,
+            scaled_act_ptr, F, STORE_ACT, WIDTH // 2, EPILOGUE_N,
+        )  # fmt: skip
+    else:
+        columns = first_column + tl.arange(0, WIDTH)[None, :]
+        mask = is_row[:, None] & (columns < F)
+        rows = rows.to(tl.int64)[:, None]
+        places = rows * (2 * F) + columns
+        gate = tl.load(hidden_ptr + places, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(hidden_ptr + places + F, mask=mask, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        act = silu * up
+        factor = factor[:, None]
+        if STORE_ACT:
+            scaled = (act * factor).to(scaled_act_ptr.dtype.element_ty)
+            tl.store(scaled_act_ptr + rows * F + columns, scaled, mask=mask)
+        d_factor = tl.sum(tl.where(mask, d_act * act, 0.0), axis=1)
+        d_act *= factor
+        d_gate = d_act * up * (sigmoid + silu * (1.0 - sigmoid))
+        tl.store(d_hidden_ptr + places, d_gate.to(d_hidden_ptr.dtype.element_ty), mask=mask)
+        d_up = (d_act * silu).to(d_hidden_ptr.dtype.element_ty)
+        tl.store(d_hidden_ptr + places + F, d_up, mask=mask)
     return d_factor
 
 
@@ -175,6 +184,7 @@ def activation_gradient_launch(
             "BLOCK_M": tiles.block_m,
             "BLOCK_N": tiles.block_n,
             "BLOCK_K": tiles.block_k,
+            "EPILOGUE_N": tiles.epilogue_n,
         },
         tiles.num_warps,
         tiles.num_stages,

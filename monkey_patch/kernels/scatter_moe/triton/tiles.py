@@ -36,6 +36,7 @@ class Tiles:
         num_stages: steps in flight.
         tma: read contiguous operands through tensor descriptors.
         persistent: one program per multiprocessor that walks over tiles.
+        epilogue_n: columns that `activation_gradient` finishes at a time; more need more registers.
         library: leave the product to torch's grouped_mm (`down` and `input_gradient` only).
     """
 
@@ -46,6 +47,7 @@ class Tiles:
     num_stages: int
     tma: bool = False
     persistent: bool = False
+    epilogue_n: int = 32
     library: bool = False
 
     def fit(self, columns: int, depth: int, rows: int | None = None) -> Tiles:

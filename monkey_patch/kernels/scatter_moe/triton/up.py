@@ -33,7 +33,7 @@ def _up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Compute hidden = x[token] @ weight[e].T and silu(gate) * up; both halves share the x tile."""
+    """Compute hidden = x[token] @ weight[e].T, gate before up, and silu(gate) * up."""
     COLUMN_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     for work in range(tl.program_id(0), num_row_tiles * COLUMN_TILES, tl.num_programs(0)):
         # Column tiles of the same rows are neighbours, so that x comes from L2 after the first.
@@ -46,34 +46,40 @@ def _up_kernel(
             ks = tl.arange(0, BLOCK_K)
             token = tl.load(slot_of_row_ptr + rows, mask=rows < end_row, other=0) // TOP_K
             x_ptrs = x_ptr + token.to(tl.int64)[:, None] * D + ks[None, :]
-            gate_row = expert * (2 * F) + column
             is_column = columns < F
-            if not TMA:
+            if TMA:
+                # Gate and up rows as one operand of twice the width: half the instructions, and x
+                # is read once from shared memory. A thread holds columns of both halves.
+                both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+                for k in range(0, D, BLOCK_K):
+                    x = _load_x(x_ptrs, k, is_row, D, BLOCK_K)
+                    w = weight.load([2 * expert, column, k]).reshape(2 * BLOCK_N, BLOCK_K)
+                    both = tl.dot(x, w.T, both, input_precision=PRECISION)
+                gate, up = both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
+            else:
+                gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 gate_rows = (expert.to(tl.int64) * (2 * F) + columns) * D
                 w_ptrs = weight + gate_rows[None, :] + ks[:, None]
-            gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for k in range(0, D, BLOCK_K):
-                if D % BLOCK_K == 0:
-                    x = tl.load(x_ptrs + k, mask=is_row, other=0.0)
-                else:
-                    x = tl.load(x_ptrs + k, mask=is_row & (ks + k < D)[None, :], other=0.0)
-                if TMA:
-                    gate_w = weight.load([gate_row, k]).T
-                    up_w = weight.load([gate_row + F, k]).T
-                elif D % BLOCK_K == 0 and F % BLOCK_N == 0:
-                    gate_w = tl.load(w_ptrs + k)
-                    up_w = tl.load(w_ptrs + k + F * D)
-                else:
+                for k in range(0, D, BLOCK_K):
+                    x = _load_x(x_ptrs, k, is_row, D, BLOCK_K)
                     is_weight = is_column[None, :] & (ks + k < D)[:, None]
                     gate_w = tl.load(w_ptrs + k, mask=is_weight, other=0.0)
                     up_w = tl.load(w_ptrs + k + F * D, mask=is_weight, other=0.0)
-                gate = tl.dot(x, gate_w, gate, input_precision=PRECISION)
-                up = tl.dot(x, up_w, up, input_precision=PRECISION)
+                    gate = tl.dot(x, gate_w, gate, input_precision=PRECISION)
+                    up = tl.dot(x, up_w, up, input_precision=PRECISION)
             _store_up(
                 gate, up, hidden_ptr, act_ptr, rows, columns, is_row & is_column[None, :],
                 F, STORE_HIDDEN, STORE_ACT,
             )  # fmt: skip
+
+
+@triton.jit
+def _load_x(x_ptrs, k, is_row, D: tl.constexpr, BLOCK_K: tl.constexpr):
+    mask = is_row
+    if D % BLOCK_K != 0:
+        mask = is_row & (tl.arange(0, BLOCK_K) + k < D)[None, :]
+    return tl.load(x_ptrs + k, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -131,8 +137,8 @@ def up_launch(
     tma = tiles.tma and takes_tma(gate_up_proj_E2FD)
     weight = gate_up_proj_E2FD
     if tma:
-        flat = gate_up_proj_E2FD.view(num_experts * width, depth)
-        weight = TensorDescriptor.from_tensor(flat, [tiles.block_n, tiles.block_k])
+        halves = gate_up_proj_E2FD.view(num_experts * 2, width // 2, depth)
+        weight = TensorDescriptor.from_tensor(halves, [2, tiles.block_n, tiles.block_k])
     num_row_tiles = row_tiles.shape[1]
     num_tiles = num_row_tiles * cdiv(width // 2, tiles.block_n)
     return Launch(
