@@ -2,7 +2,8 @@
 # Everything that needs one CUDA GPU, in under 10 minutes: the GPU tests, the race of the experts
 # against their peers, then whole steps. Results go to $OUT (default bench/results/gpu): one JSON per
 # benchmark, the race's table ops.md, and gpu.log with all that was printed. It uses the Python that
-# is active; see environment.sh for making one. On a machine without a network, bench/carry.sh packs
+# is active; see environment.sh for making one. With TUNE=1 it writes a new table of tiles instead
+# (tiles.json, to replace monkey_patch/kernels/scatter_moe/triton/tiles.json). On a machine without a network, bench/carry.sh packs
 # beforehand what is missing there.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -55,6 +56,14 @@ step() { # NAME SECONDS COMMAND...
   rm "$log"
 }
 
+if [ -n "${TUNE:-}" ]; then # a run of its own, which ends with a new table of tiles
+  step tests 150 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/gpu/test_scatter_moe.py
+  step tune 420 "$python" bench/tune_scatter_moe.py --seconds 405 \
+    --out "$out/tune_scatter_moe.json" --write "$out/tiles.json"
+  tail -n 80 "$out/gpu.log"
+  exit "$failed"
+fi
+
 # Compiling the race's kernels takes processors, not the GPU: it happens beside the tests.
 compiling=()
 for name in ours sonicmoe liger scattermoe; do
@@ -62,7 +71,8 @@ for name in ours sonicmoe liger scattermoe; do
     >"$out/compile_$name.tmp" 2>&1 &
   compiling+=("$!")
 done
-step tests 180 "$python" -m pytest -m gpu -q -p no:cacheprovider tests
+step tests 180 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/gpu \
+  tests/monkey_patch/test_aot.py
 wait "${compiling[@]}"
 for log in "$out"/compile_*.tmp; do
   { echo "=== $log"; cat "$log"; } >>"$out/gpu.log"

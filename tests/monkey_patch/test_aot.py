@@ -6,12 +6,8 @@ judges the JSON that it prints.
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,9 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from monkey_patch.kernels import aot
 from monkey_patch.kernels.launch import Launch
-from monkey_patch.kernels.scatter_moe.triton import catalogue
-from monkey_patch.kernels.scatter_moe.triton.tiles import STAGES, choose_tiles
-from tests.source_tree import ROOT
+from tests.compiler import run_compiling
 
 pytestmark = pytest.mark.kernel
 
@@ -101,19 +95,8 @@ def copy_launch(device: str = "meta", *, size: int = 1 << 20, offset: int = 0) -
 
 
 def run(scenario: str, folder: Any, **environment: str) -> Any:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.monkey_patch.test_aot", scenario],
-        cwd=ROOT,
-        env=inherited | {"TRITON_CACHE_DIR": str(folder)} | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-# The scenarios, which run in the other process.
+    module = "tests.monkey_patch.test_aot"
+    return json.loads(run_compiling("-m", module, scenario, cache=folder, **environment))
 
 
 def signatures() -> Any:
@@ -219,34 +202,6 @@ def on_the_device() -> Any:
     return found
 
 
-def experts() -> Any:
-    new = ("sm_90", "sm_100")
-    other = {"weight_dtype": torch.float32, "recompute_hidden": True}
-    cases = [
-        *((target, BF16, 2048, {}) for target in aot.TARGETS),
-        *((target, BF16, 64, {}) for target in new),
-        *((target, BF16, 2048, other) for target in new),
-        ("sm_90", torch.float32, 2048, {}),
-    ]
-    found = []
-    for target, dtype, rows, options in cases:
-        keys = {"architecture": target, "dtype": dtype, "rows_per_expert": rows}
-        choose = functools.partial(choose_tiles, **keys)
-        by_stage = catalogue.launches(catalogue.QWEN3_30B, choose, dtype, **options)
-        named = [(stage, one) for stage, several in by_stage.items() for one in several]
-        if options or rows == 64:
-            named = [(stage, one) for stage, one in named if stage in STAGES]
-        launches = [one for _, one in named]
-        aot.compile_all(launches, target, workers=2)
-        with ThreadPoolExecutor(2) as pool:
-            ahead = pool.map(functools.partial(aot.compile_ahead, target=target), launches)
-        for (stage, _), resources in zip(named, ahead, strict=True):
-            cut = choose(stage) if stage in STAGES else None
-            case = {"stage": stage, "dtype": str(dtype), "rows": rows, "tma": cut and cut.tma}
-            found.append(asdict(resources) | case)
-    return found
-
-
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     return run("resources", tmp_path_factory.mktemp("cache"))
@@ -332,19 +287,6 @@ def test_errors_say_what_is_missing(tmp_path):
 def test_an_interpreting_process_is_told(tmp_path):
     found = run("errors", tmp_path, TRITON_INTERPRET="1")
     assert found["target"].startswith("RuntimeError: copy_kernel cannot be compiled: Triton was")
-
-
-@pytest.mark.slow
-def test_expert_kernels_fit_every_architecture(tmp_path):
-    """Each shipped cut at the size of Qwen3-30B-A3B: no spills, tensor cores, TMA where chosen."""
-    tensor_cores = {"sm_90": "wgmma", "sm_100": "tcgen05"}
-    for one in run("experts", tmp_path):
-        assert one["spill_bytes"] == one["spill_stores"] == one["spill_loads"] == 0, one
-        assert one["programs_per_sm"] > 0, one
-        if one["stage"] in STAGES:
-            assert (one["tma_loads"] > 0) == one["tma"], one
-            is_exact = one["dtype"] == "torch.float32"
-            assert is_exact or one[tensor_cores.get(one["target"], "mma_sync")] > 0, one
 
 
 @pytest.mark.gpu
