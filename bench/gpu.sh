@@ -3,8 +3,8 @@
 # against their peers, then whole steps. Results go to $OUT (default bench/results/gpu): one JSON per
 # benchmark, the race's table ops.md, and gpu.log with all that was printed. It uses the Python that
 # is active; see environment.sh for making one. With TUNE=1 it writes a new table of tiles instead
-# (tiles.json, to replace monkey_patch/kernels/scatter_moe/triton/tiles.json). On a machine without a network, bench/carry.sh packs
-# beforehand what is missing there.
+# (tiles.json, to replace monkey_patch/kernels/scatter_moe/triton/tiles.json). On a machine without
+# a network, bench/carry.sh packs beforehand what is missing there.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -72,7 +72,7 @@ for name in ours sonicmoe liger scattermoe; do
   compiling+=("$!")
 done
 step tests 180 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/gpu \
-  tests/monkey_patch/test_aot.py
+  tests/monkey_patch/test_aot.py tests/test_hardware.py
 wait "${compiling[@]}"
 for log in "$out"/compile_*.tmp; do
   { echo "=== $log"; cat "$log"; } >>"$out/gpu.log"
