@@ -13,7 +13,12 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from monkey_patch.kernels.launch import Launch, cdiv
-from monkey_patch.kernels.scatter_moe.triton.rows import grid_of, precision_of, row_tile
+from monkey_patch.kernels.scatter_moe.triton.rows import (
+    grid_of,
+    load_gathered,
+    precision_of,
+    row_tile,
+)
 from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, takes_tma
 
 
@@ -58,12 +63,12 @@ def _activation_gradient_kernel(
                 w_ptrs = weight + (expert.to(tl.int64) * D + ks[:, None]) * F + columns[None, :]
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for k in range(0, D, BLOCK_K):
-                is_k = ks + k < D
-                d_out = tl.load(d_out_ptrs + k, mask=is_row[:, None] & is_k[None, :], other=0.0)
+                d_out = load_gathered(d_out_ptrs, k, is_row[:, None], D, BLOCK_K)
                 if TMA:
                     w = weight.load([expert * D + k, column])
                 else:
-                    w = tl.load(w_ptrs + k * F, mask=is_column & is_k[:, None], other=0.0)
+                    is_weight = is_column & (ks + k < D)[:, None]
+                    w = tl.load(w_ptrs + k * F, mask=is_weight, other=0.0)
                 acc = tl.dot(d_out, w, acc, input_precision=PRECISION)
 
             factor = tl.load(routing_weights_ptr + slot, mask=is_row, other=0.0).to(tl.float32)

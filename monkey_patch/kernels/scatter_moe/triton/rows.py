@@ -22,6 +22,15 @@ def row_tile(tiles_ptr, num_row_tiles, tile):
     return expert, first_row, end_row
 
 
+@triton.jit
+def load_gathered(row_ptrs, k, is_row, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load columns k to k + BLOCK_K of gathered rows, zeros where there is none."""
+    mask = is_row
+    if DEPTH % BLOCK_K != 0:
+        mask = is_row & (tl.arange(0, BLOCK_K) + k < DEPTH)[None, :]
+    return tl.load(row_ptrs + k, mask=mask, other=0.0)
+
+
 class RowTiles:
     """Maps from tile to expert and rows, one per tile height, made once for all stages."""
 

@@ -8,7 +8,12 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from monkey_patch.kernels.launch import Launch, cdiv
-from monkey_patch.kernels.scatter_moe.triton.rows import grid_of, precision_of, row_tile
+from monkey_patch.kernels.scatter_moe.triton.rows import (
+    grid_of,
+    load_gathered,
+    precision_of,
+    row_tile,
+)
 from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, takes_tma
 
 
@@ -52,7 +57,7 @@ def _up_kernel(
                 # is read once from shared memory. A thread holds columns of both halves.
                 both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
                 for k in range(0, D, BLOCK_K):
-                    x = _load_x(x_ptrs, k, is_row, D, BLOCK_K)
+                    x = load_gathered(x_ptrs, k, is_row, D, BLOCK_K)
                     w = weight.load([2 * expert, column, k]).reshape(2 * BLOCK_N, BLOCK_K)
                     both = tl.dot(x, w.T, both, input_precision=PRECISION)
                 gate, up = both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
@@ -62,7 +67,7 @@ def _up_kernel(
                 gate_rows = (expert.to(tl.int64) * (2 * F) + columns) * D
                 w_ptrs = weight + gate_rows[None, :] + ks[:, None]
                 for k in range(0, D, BLOCK_K):
-                    x = _load_x(x_ptrs, k, is_row, D, BLOCK_K)
+                    x = load_gathered(x_ptrs, k, is_row, D, BLOCK_K)
                     is_weight = is_column[None, :] & (ks + k < D)[:, None]
                     gate_w = tl.load(w_ptrs + k, mask=is_weight, other=0.0)
                     up_w = tl.load(w_ptrs + k + F * D, mask=is_weight, other=0.0)
@@ -72,14 +77,6 @@ def _up_kernel(
                 gate, up, hidden_ptr, act_ptr, rows, columns, is_row & is_column[None, :],
                 F, STORE_HIDDEN, STORE_ACT,
             )  # fmt: skip
-
-
-@triton.jit
-def _load_x(x_ptrs, k, is_row, D: tl.constexpr, BLOCK_K: tl.constexpr):
-    mask = is_row
-    if D % BLOCK_K != 0:
-        mask = is_row & (tl.arange(0, BLOCK_K) + k < D)[None, :]
-    return tl.load(x_ptrs + k, mask=mask, other=0.0)
 
 
 @triton.jit
