@@ -57,7 +57,7 @@ step() { # NAME SECONDS COMMAND...
 }
 
 if [ -n "${TUNE:-}" ]; then # a run of its own, which ends with a new table of tiles
-  step tests 150 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/gpu/test_scatter_moe.py
+  step tests 150 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/gpu/test_cuda_scatter_moe.py
   step tune 420 "$python" bench/tune_scatter_moe.py --seconds 405 \
     --out "$out/tune_scatter_moe.json" --write "$out/tiles.json"
   tail -n 80 "$out/gpu.log"
