@@ -27,6 +27,7 @@ from ops_process import Process
 from ops_table import table
 from ops_worker import ROOF
 from peers import PEERS
+from result_file import write
 
 NAMES = (*PEERS, ROOF)
 # Our own first, then what its times are read against. grouped_mm_compiled runs only when
@@ -90,16 +91,9 @@ class Race:
 
     def _write(self) -> None:
         if self.options.out:
-            _replace(self.options.out, json.dumps(self.report, indent=1))
+            write(self.options.out, json.dumps(self.report, indent=1) + "\n")
         if self.options.table:
-            _replace(self.options.table, table(self.report))
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(f"{text}\n", encoding="utf-8")
-    partial.replace(path)
+            write(self.options.table, table(self.report) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

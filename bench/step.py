@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from provenance import provenance
+from result_file import write
 from transformers import AutoModelForCausalLM, PrinterCallback, Qwen3MoeConfig
 
 import monkey_patch
@@ -145,8 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = json.dumps(result, indent=1)
     print(text)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n", encoding="utf-8")
+        write(options.out, text + "\n")
 
 
 def _median(values: list[float | None]) -> float | None:

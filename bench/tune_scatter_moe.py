@@ -26,9 +26,10 @@ from typing import Any
 import torch
 import triton
 from ops_case import Case
+from result_file import write
 from tune_candidates import INTERPRETER, Compiled, Compiling, candidates
 from tune_measure import PRODUCTS, Timing, Workload
-from tune_table import Row, cut_row, fastest, row_of, table_text, tflops, updated, write
+from tune_table import Row, cut_row, fastest, row_of, table_text, tflops, updated
 from tune_text import candidate_lines, timing_lines
 
 from monkey_patch.kernels.aot import TARGETS

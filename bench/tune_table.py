@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from tune_measure import PRODUCTS, Timing
@@ -125,11 +123,3 @@ def _max_rows_first(row: Row) -> Row:
 
 def _joined(parts: Iterable[str]) -> str:
     return ",\n".join(parts)
-
-
-def write(path: Path, text: str) -> None:
-    """Replace a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

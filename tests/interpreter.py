@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -71,10 +70,3 @@ def _mend_bfloat16() -> None:
         return interpreter.TensorHandle(data, tl.bfloat16)
 
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
-    for name in ("create_fp_ext", "create_fp_trunc"):
-        setattr(builder, name, _calls_cast(builder))
-    interpreter.InterpreterBuilder = builder
-
-
-def _calls_cast(builder: Any) -> Callable[[Any, Any, Any], Any]:
-    return lambda self, src, dst_type: builder.cast_impl(self, src, dst_type)

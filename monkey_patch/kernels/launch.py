@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def takes_kernels(tensor: torch.Tensor) -> bool:
+    """Tell whether Triton computes this input: on CUDA, or interpreted on request."""
+    is_reachable = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return is_reachable and tensor.dtype in _DTYPES
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,13 @@ Elsewhere it is plain torch, bit for bit what transformers computes.
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from monkey_patch.kernels.launch import takes_kernels
 
 
 class Balance(NamedTuple):
@@ -71,18 +70,13 @@ def route(
         ValueError: shapes do not fit together.
     """
     _check(logits_TE, top_k, balance)
-    if not _takes_kernels(logits_TE):
+    if not takes_kernels(logits_TE):
         return _route_plain(logits_TE, top_k, renormalize, balance)
     if balance is None:
         weights_TK, index_TK, _, _ = _route(logits_TE, top_k, renormalize, None, 0, None)
         return Routed(weights_TK, index_TK, None, None)
     weights_TK, index_TK, counts_RE, sums_R3 = _route(logits_TE, top_k, renormalize, *balance)
     return Routed(weights_TK, index_TK, counts_RE, sums_R3.sum(dim=0))
-
-
-def _takes_kernels(logits_TE: torch.Tensor) -> bool:
-    is_reachable = logits_TE.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return is_reachable and logits_TE.dtype in _KERNEL_DTYPES
 
 
 def _check(logits_TE: torch.Tensor, top_k: int, balance: Balance | None) -> None:

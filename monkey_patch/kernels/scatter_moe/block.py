@@ -11,22 +11,14 @@ weight of another dtype than x is cast for one stage at a time; its gradient has
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from monkey_patch.kernels.launch import takes_kernels
 from monkey_patch.kernels.scatter_moe.plain import PlainStages
 from monkey_patch.kernels.scatter_moe.routing import Routing
-
-_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def takes_kernels(x_TD: torch.Tensor) -> bool:
-    """Tell whether Triton computes this input: on CUDA, or interpreted on request."""
-    is_reachable = x_TD.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return is_reachable and x_TD.dtype in _KERNEL_DTYPES
 
 
 def expert_forward(
@@ -46,10 +38,10 @@ def expert_forward(
     routing = backend.sort_by_expert(top_k_index_TK, num_experts)
     stages = backend(routing, top_k)
     x_TD, dtype = x_TD.contiguous(), x_TD.dtype
-    gate_up = gate_up_proj_E2FD.to(dtype).contiguous()
-    hidden_N2F, act_NF = stages.up(x_TD, gate_up, hidden=keep_hidden, act=True)
-    del gate_up
-    y_ND = stages.down(act_NF, down_proj_EDF.to(dtype).contiguous())
+    hidden_N2F, act_NF = stages.up(
+        x_TD, _operand(gate_up_proj_E2FD, dtype), hidden=keep_hidden, act=True
+    )
+    y_ND = stages.down(act_NF, _operand(down_proj_EDF, dtype))
     del act_NF
     return stages.combine(y_ND, top_k_weights_TK.contiguous()), hidden_N2F, routing
 
@@ -84,11 +76,9 @@ def expert_backward(
     x_TD, d_out_TD = x_TD.contiguous(), d_out_TD.to(dtype).contiguous()
     is_recomputed = hidden_N2F is None
     if is_recomputed:
-        gate_up = gate_up_proj_E2FD.to(dtype).contiguous()
-        hidden_N2F, _ = stages.up(x_TD, gate_up, hidden=True, act=False)
-        del gate_up
+        hidden_N2F, _ = stages.up(x_TD, _operand(gate_up_proj_E2FD, dtype), hidden=True, act=False)
     d_hidden_N2F, scaled_act_NF, d_weights_TK = stages.activation_gradient(
-        d_out_TD, down_proj_EDF.to(dtype).contiguous(), hidden_N2F,
+        d_out_TD, _operand(down_proj_EDF, dtype), hidden_N2F,
         top_k_weights_TK.contiguous(), act=needs_down, overwrite=is_recomputed,
     )  # fmt: skip
     del hidden_N2F
@@ -98,13 +88,18 @@ def expert_backward(
         stages.down_gradient(d_out_TD, scaled_act_NF, into, accumulate=d_down is None)
         del scaled_act_NF
     if needs_x:
-        gate_up = gate_up_proj_E2FD.to(dtype).contiguous()
-        d_x_TD = stages.combine(stages.input_gradient(d_hidden_N2F, gate_up), None)
-        del gate_up
+        rows_ND = stages.input_gradient(d_hidden_N2F, _operand(gate_up_proj_E2FD, dtype))
+        d_x_TD = stages.combine(rows_ND, None)
+        del rows_ND
     if needs_gate_up:
         d_gate_up, into = _target(gate_up_proj_E2FD, accumulate_into[0])
         stages.gate_up_gradient(d_hidden_N2F, x_TD, into, accumulate=d_gate_up is None)
     return d_x_TD, d_gate_up, d_down, d_weights_TK if needs_weights else None
+
+
+def _operand(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what a stage multiplies by; where it is a copy, nobody should keep it."""
+    return weight.to(dtype).contiguous()
 
 
 def _target(

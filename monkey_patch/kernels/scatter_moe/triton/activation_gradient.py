@@ -14,9 +14,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from monkey_patch.kernels.launch import Launch, cdiv
 from monkey_patch.kernels.scatter_moe.triton.rows import (
+    cut_arguments,
     grid_of,
     load_gathered,
-    precision_of,
     row_tile,
 )
 from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, takes_tma
@@ -184,11 +184,7 @@ def activation_gradient_launch(
             "F": width,
             "TOP_K": weights_TK.shape[1],
             "STORE_ACT": scaled_act_NF is not None,
-            "TMA": tma,
-            "PRECISION": precision_of(d_out_TD.dtype),
-            "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n,
-            "BLOCK_K": tiles.block_k,
+            **cut_arguments(tiles, d_out_TD.dtype, tma=tma),
             "EPILOGUE_N": tiles.epilogue_n,
         },
         tiles.num_warps,

@@ -13,15 +13,13 @@ from monkey_patch.kernels.scatter_moe.triton.activation_gradient import (
     activation_gradient_launch,
     num_partials,
 )
-from monkey_patch.kernels.scatter_moe.triton.combine import combine_launch, weight_gradient_launch
+from monkey_patch.kernels.scatter_moe.triton.combine import combine_launch, routing_gradient_launch
 from monkey_patch.kernels.scatter_moe.triton.product import product_launch
 from monkey_patch.kernels.scatter_moe.triton.routing import sort_launches
 from monkey_patch.kernels.scatter_moe.triton.rows import RowTiles
 from monkey_patch.kernels.scatter_moe.triton.tiles import STAGES, Tiles
 from monkey_patch.kernels.scatter_moe.triton.up import up_launch
-from monkey_patch.kernels.scatter_moe.triton.weight_gradient import (
-    weight_gradient_launch as expert_gradient_launch,
-)
+from monkey_patch.kernels.scatter_moe.triton.weight_gradient import weight_gradient_launch
 
 
 class Shape(NamedTuple):
@@ -97,7 +95,7 @@ def launches(
     def expert_gradient(
         left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, *, gather_left: bool
     ) -> Launch:
-        return expert_gradient_launch(
+        return weight_gradient_launch(
             left, right, out, slots, b.routing.offsets, top_k, weights,
             gather_left=gather_left, accumulate=False,
         )  # fmt: skip
@@ -114,7 +112,7 @@ def launches(
         "combine": [
             combine_launch(b.rows_out, b.weights, b.routing.row_of_slot, b.x, top_k),
             combine_launch(b.rows_out, None, b.routing.row_of_slot, b.x, top_k),
-            weight_gradient_launch(partials, b.routing.row_of_slot, b.weights),
+            routing_gradient_launch(partials, b.routing.row_of_slot, b.weights),
         ],
         "activation_gradient": [gradient_stage],
         "input_gradient": [

@@ -39,7 +39,7 @@ def _combine_kernel(
 
 
 @triton.jit(do_not_specialize=["num_slots"])
-def _weight_gradient_kernel(
+def _routing_gradient_kernel(
     partial_ptr,
     row_of_slot_ptr,
     out_ptr,
@@ -91,14 +91,14 @@ def combine_launch(
     )
 
 
-def weight_gradient_launch(
+def routing_gradient_launch(
     partial_PN: torch.Tensor, row_of_slot: torch.Tensor, out_TK: torch.Tensor
 ) -> Launch:
     """Return the launch that fills `out_TK` (T, K) from the partial sums (P, T * K) float32."""
     num_partials, num_slots = partial_PN.shape
     block = 1024
     return Launch(
-        _weight_gradient_kernel,
+        _routing_gradient_kernel,
         cdiv(num_slots, block),
         {
             "partial_ptr": partial_PN,

@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from monkey_patch.kernels.launch import Launch, cdiv
-from monkey_patch.kernels.scatter_moe.triton.rows import grid_of, precision_of, row_tile
+from monkey_patch.kernels.scatter_moe.triton.rows import cut_arguments, grid_of, row_tile
 from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, takes_tma
 
 
@@ -118,11 +118,7 @@ def product_launch(
             "COLUMNS": columns,
             "DEPTH": depth,
             "TRANSPOSED": transposed,
-            "TMA": tma,
-            "PRECISION": precision_of(rows_NK.dtype),
-            "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n,
-            "BLOCK_K": tiles.block_k,
+            **cut_arguments(tiles, rows_NK.dtype, tma=tma),
         },
         tiles.num_warps,
         tiles.num_stages,

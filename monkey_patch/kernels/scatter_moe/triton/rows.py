@@ -61,7 +61,16 @@ def grid_of(tiles: Tiles, num_tiles: int, tensor: torch.Tensor) -> int:
     return min(num_tiles, torch.cuda.get_device_properties(tensor.device).multi_processor_count)
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    """Return tl.dot's input precision; float32 follows torch.set_float32_matmul_precision."""
+def cut_arguments(tiles: Tiles, dtype: torch.dtype, *, tma: bool) -> dict[str, Any]:
+    """Return what every product is told about its cut and its precision.
+
+    float32 follows torch.set_float32_matmul_precision.
+    """
     is_exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if is_exact else "tf32"
+    return {
+        "TMA": tma,
+        "PRECISION": "ieee" if is_exact else "tf32",
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+    }

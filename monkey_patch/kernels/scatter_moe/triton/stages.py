@@ -10,7 +10,7 @@ from monkey_patch.kernels.scatter_moe.triton.activation_gradient import (
     activation_gradient_launch,
     num_partials,
 )
-from monkey_patch.kernels.scatter_moe.triton.combine import combine_launch, weight_gradient_launch
+from monkey_patch.kernels.scatter_moe.triton.combine import combine_launch, routing_gradient_launch
 from monkey_patch.kernels.scatter_moe.triton.product import product_launch
 from monkey_patch.kernels.scatter_moe.triton.routing import sort_launches
 from monkey_patch.kernels.scatter_moe.triton.rows import RowTiles
@@ -22,9 +22,7 @@ from monkey_patch.kernels.scatter_moe.triton.tiles import (
 )
 from monkey_patch.kernels.scatter_moe.triton.up import up_launch
 from monkey_patch.kernels.scatter_moe.triton.warm_up import warm_up
-from monkey_patch.kernels.scatter_moe.triton.weight_gradient import (
-    weight_gradient_launch as expert_gradient_launch,
-)
+from monkey_patch.kernels.scatter_moe.triton.weight_gradient import weight_gradient_launch
 
 
 def sort_by_expert(index_TK: torch.Tensor, num_experts: int) -> Routing:
@@ -119,7 +117,7 @@ class TritonStages:
             partial_PN, self.routing.slot_of_row, self.row_tiles.map(tiles.block_m), tiles,
         ).run()  # fmt: skip
         d_weights_TK = torch.empty_like(weights_TK)
-        weight_gradient_launch(partial_PN, self.routing.row_of_slot, d_weights_TK).run()
+        routing_gradient_launch(partial_PN, self.routing.row_of_slot, d_weights_TK).run()
         return d_hidden_N2F, scaled_act_NF, d_weights_TK
 
     def gate_up_gradient(
@@ -149,7 +147,7 @@ class TritonStages:
         accumulate: bool,
     ) -> None:
         routing, tiles = self.routing, self.tiles("weight_gradient", left)
-        expert_gradient_launch(
+        weight_gradient_launch(
             left, right, out, routing.slot_of_row, routing.offsets, self.top_k, tiles,
             gather_left=gather_left, accumulate=accumulate,
         ).run()  # fmt: skip

@@ -9,9 +9,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from monkey_patch.kernels.launch import Launch, cdiv
 from monkey_patch.kernels.scatter_moe.triton.rows import (
+    cut_arguments,
     grid_of,
     load_gathered,
-    precision_of,
     row_tile,
 )
 from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, takes_tma
@@ -156,11 +156,7 @@ def up_launch(
             "TOP_K": top_k,
             "STORE_HIDDEN": hidden_N2F is not None,
             "STORE_ACT": act_NF is not None,
-            "TMA": tma,
-            "PRECISION": precision_of(x_TD.dtype),
-            "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n,
-            "BLOCK_K": tiles.block_k,
+            **cut_arguments(tiles, x_TD.dtype, tma=tma),
         },
         tiles.num_warps,
         tiles.num_stages,

@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from monkey_patch.kernels.launch import Launch, cdiv
-from monkey_patch.kernels.scatter_moe.triton.rows import grid_of, precision_of
+from monkey_patch.kernels.scatter_moe.triton.rows import cut_arguments, grid_of
 from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, takes_tma
 
 
@@ -197,11 +197,7 @@ def weight_gradient_launch(
             "TOP_K": top_k,
             "GATHER_LEFT": gather_left,
             "ACCUMULATE": accumulate,
-            "TMA": tma,
-            "PRECISION": precision_of(left.dtype),
-            "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n,
-            "BLOCK_K": tiles.block_k,
+            **cut_arguments(tiles, left.dtype, tma=tma),
         },
         tiles.num_warps,
         tiles.num_stages,
