@@ -40,6 +40,7 @@ setup(
         "fa4": ["flash-attn-4[cu13]>=4.0.0b36"],
         "report": ["tensorboard", "wandb", "mlflow", "trackio"],
         "dev": [
+            "deepspeed>=0.19",
             "pytest>=9",
             "pytest-xdist>=3.8",
             "ruff>=0.17,<0.18",

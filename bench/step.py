@@ -28,6 +28,7 @@ import monkey_patch
 from qwen3_sft.args import EXPERT_PATCHES, ModelArguments, TrainArguments
 from qwen3_sft.collator import PackedCollator
 from qwen3_sft.demo.model import tiny_config
+from qwen3_sft.engine import Engine
 from qwen3_sft.hardware import device_info
 from qwen3_sft.known_models import KNOWN_CONFIGS
 from qwen3_sft.logs import set_up_logging
@@ -80,6 +81,7 @@ def measure(options: argparse.Namespace, experts: str) -> dict[str, Any]:
             router_statistics=monkey_patch.router_statistics(model),
             peak_flops=device_info().peak_flops["fp32" if options.dtype == "float32" else "bf16"],
             metrics_file=StepLines(Path(folder) / "metrics.jsonl"), run_facts={},
+            engine=Engine("single"),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()

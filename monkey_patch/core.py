@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from packaging.requirements import Requirement
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,15 @@ class Patch:
             if not requirement.specifier.contains(found, prereleases=True):
                 unmet.append(f"{requirement} (found {found})")
         return unmet
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the name of a module's class as its author wrote it.
+
+    FSDP2 changes the class of a module to a subclass of its own, whose next base is the original.
+    """
+    kinds = type(module).__mro__
+    return (kinds[2] if isinstance(module, FSDPModule) else kinds[0]).__name__
 
 
 _Plans = dict[str, tuple[Replacement, ...]]

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from monkey_patch.core import Patch, PatchError, Replacement
+from monkey_patch.core import Patch, PatchError, Replacement, class_name
 from monkey_patch.kernels.linear_cross_entropy.op import linear_cross_entropy_sum
 
 if TYPE_CHECKING:
@@ -25,21 +26,21 @@ NAME = "linear_cross_entropy"
 _CLASSES = ("Qwen3MoeForCausalLM", "Qwen3VLMoeForConditionalGeneration")
 
 
-class LinearCrossEntropyHead(nn.Linear):
-    """An `lm_head` that returns logits, or the summed cross entropy where targets are given."""
+class HeadForward:
+    """An `lm_head`'s forward that returns logits, or the summed cross entropy with targets.
 
-    @classmethod
-    def share(cls, head: nn.Linear) -> LinearCrossEntropyHead:
-        """Return a head that holds the very Parameter of `head`, tied or not."""
-        new = cls(head.in_features, head.out_features, bias=False, device="meta")
-        new.weight = head.weight
-        return new.train(head.training)
+    Its bound method becomes an instance attribute of the head, so that the module, its Parameter
+    and the hooks on it (those of FSDP and ZeRO among them) stay what they are.
+    """
+
+    def __init__(self, head: nn.Linear):
+        self.head = head
 
     def forward(self, input: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits (..., V), or for input (N, D) and targets (N,) the loss sum, a scalar."""
         if targets is None:
-            return super().forward(input)
-        return linear_cross_entropy_sum(input, self.weight, targets)
+            return F.linear(input, self.head.weight)
+        return linear_cross_entropy_sum(input, self.head.weight, targets)
 
 
 class LabelledForward:
@@ -127,27 +128,27 @@ class LabelledForward:
 def plan(model: nn.Module) -> Iterator[Replacement]:
     """Yield the head and the forward of every causal LM inside `model` that it knows."""
     for name, module in model.named_modules():
-        if type(module).__name__ not in _CLASSES:
+        if class_name(module) not in _CLASSES:
             continue
-        where = name or type(module).__name__
+        where = name or class_name(module)
         head: Any = module.lm_head
         if problem := _unsupported(head):
             raise PatchError(f"patch {NAME!r}: {where}.lm_head {problem}")
-        yield Replacement(module, "lm_head", LinearCrossEntropyHead.share(head), where)
+        yield Replacement(head, "forward", HeadForward(head).forward, f"{where}.lm_head")
         yield Replacement(module, "forward", LabelledForward(module), where)
 
 
 def _unsupported(head: nn.Module) -> str | None:
     kind = type(head)
-    if kind is not nn.Linear:
+    if kind.forward is not nn.Linear.forward:  # FSDP2 subclasses nn.Linear and keeps its forward
         return (
             f"is {kind.__module__}.{kind.__qualname__}, not nn.Linear; leave it out of LoRA's "
-            "target_modules and of quantisation, and patch before sharding"
+            "target_modules and of quantisation"
         )
     if head.bias is not None:
         return "has a bias"
-    if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
-        return "carries hooks that replacing it would lose; patch before they are installed"
+    if "forward" in vars(head):
+        return "has a replaced forward already"
     return None
 
 

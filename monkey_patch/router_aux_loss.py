@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from monkey_patch.core import Patch, PatchError, Replacement
+from monkey_patch.core import Patch, PatchError, Replacement, class_name
 from monkey_patch.kernels.router.op import Balance, route
 
 NAME = "router_aux_loss"
@@ -216,7 +216,7 @@ def plan(model: Any) -> Iterator[Replacement]:
         )
     statistics = RouterStatistics(config.router_aux_loss_coef)
     for name, module in model.named_modules():
-        kind = type(module).__name__
+        kind = class_name(module)
         if not kind.endswith(("TopKRouter", "TopkRouter")):
             continue
         if kind not in _ROUTERS:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from monkey_patch.core import Patch, PatchError, Replacement
+from monkey_patch.core import Patch, PatchError, Replacement, class_name
 from monkey_patch.kernels.scatter_moe.op import scatter_moe
 
 NAME = "scatter_moe"
@@ -66,12 +66,12 @@ def plan(model: nn.Module, name: str = NAME) -> Iterator[Replacement]:
     """Yield the config attribute that names the experts implementation, once per config."""
     seen: set[int] = set()
     for where, module in model.named_modules():
-        if type(module).__name__ == "LigerExperts":
+        if class_name(module) == "LigerExperts":
             raise PatchError(f"{where} is LigerExperts, which ignores it; load with swiglu=False")
         if not _is_experts(module):
             continue
         if problem := _unsupported(module):
-            raise PatchError(f"patch {name!r}: {where} ({type(module).__name__}) {problem}")
+            raise PatchError(f"patch {name!r}: {where} ({class_name(module)}) {problem}")
         if id(module.config) not in seen:
             seen.add(id(module.config))
             owner = type(module.config).__name__
@@ -87,7 +87,8 @@ def _unsupported(experts: Any) -> str | None:
     from transformers.activations import SiLUActivation
     from transformers.integrations.moe import _default_apply_gate
 
-    if "forward" in vars(experts):
+    # Expert parallelism replaces forward too, by one that asks the registry for its local experts.
+    if "forward" in vars(experts) and not vars(experts).get("_is_hooked", False):
         return "has a replaced forward, which bypasses the experts registry"
     if experts.has_bias:
         return "has biases"

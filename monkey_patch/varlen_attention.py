@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from monkey_patch.core import Patch, PatchError, Replacement
+from monkey_patch.core import Patch, PatchError, Replacement, class_name
 from monkey_patch.kernels.varlen_attention.op import varlen_attention
 
 NAME = "varlen_attention"
@@ -166,7 +166,7 @@ def plan(model: Any) -> Iterator[Replacement]:
     where = type(config).__name__
     yield Replacement(config, "_attn_implementation_internal", IMPLEMENTATION, where)
     for name, module in model.named_modules():
-        if type(module).__name__ in _DECODERS:
+        if class_name(module) in _DECODERS:
             yield Replacement(module, "forward", MethodType(packed_forward, module), name)
 
 

@@ -125,6 +125,19 @@ class ModelArguments:
     use_liger: bool | None = field(
         default=None, metadata={"help": "Liger's RMSNorm and RoPE kernels; default: on CUDA"}
     )
+    fsdp_size: int = field(
+        default=1,
+        metadata={
+            "help": "processes that share one copy of the weights (transformers' native FSDP2); "
+            "-1: all"
+        },
+    )
+    ep_size: int = field(
+        default=1, metadata={"help": "processes that share the experts of a layer; see README"}
+    )
+    dp_replicate_size: int = field(
+        default=1, metadata={"help": "copies of the weights, each over fsdp_size processes"}
+    )
 
 
 @dataclass
@@ -150,6 +163,13 @@ class TrainArguments(TrainingArguments):
         default=True, metadata={"help": "early stopping goes on counting after a resume"}
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept"})
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "packed rows in one optimizer step over all processes; sets "
+            "gradient_accumulation_steps, so that a step is the same on any number of GPUs"
+        },
+    )
     resume: str = field(
         default="auto",
         metadata={
@@ -203,7 +223,6 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "enable_jit_checkpoint": (_OFF, "not exact with dropout; not supported"),
     "resume_from_checkpoint": (_OFF, "set --resume PATH instead"),
     "train_sampling_strategy": (("random",), "packing balances the rows; leave it at random"),
-    "fsdp": (("", None, False, []), "not available yet: sharded training; use --config_file "
-             "config/single.json or config/ddp.json"),
-    "deepspeed": (_OFF, "not available yet: DeepSpeed; use config/single.json or config/ddp.json"),
+    "fsdp": (("", None, False, []), "launch with --config_file config/fsdp.json instead"),
+    "deepspeed": (_OFF, "launch with --config_file config/zero3.json or config/zero2.json instead"),
 }  # fmt: skip

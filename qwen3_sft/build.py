@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -22,9 +23,12 @@ from qwen3_sft.checkpoint import step_of
 from qwen3_sft.collator import PackedCollator
 from qwen3_sft.completions import CompletionCallback, pick_prompts
 from qwen3_sft.data.prepare import TokenDataset
+from qwen3_sft.engine import Engine
 from qwen3_sft.hardware import device_info
+from qwen3_sft.isolation import check_isolation
 from qwen3_sft.metrics import StepLines
 from qwen3_sft.packing import PackedDataset
+from qwen3_sft.recipe import UsageError
 from qwen3_sft.run_folder import RunFolder, versions
 from qwen3_sft.trainer import SftTrainer
 
@@ -40,6 +44,7 @@ def build_trainer(
     data: DataArguments,
     folder: RunFolder,
     checkpoint: Path | None,
+    engine: Engine,
 ) -> SftTrainer:
     """Return the trainer of one run, its datasets packed for this world size.
 
@@ -52,6 +57,10 @@ def build_trainer(
         data: row length and packing.
         folder: where metrics and samples go.
         checkpoint: what the run resumes from, None for a fresh start.
+        engine: what spreads the run over processes.
+
+    Raises:
+        UsageError: accelerate did not switch the engine on.
     """
     train_rows, eval_rows = _pack(args, train_tokens, eval_tokens, data)
     statistics = router_statistics(model)
@@ -68,15 +77,21 @@ def build_trainer(
         data_collator=PackedCollator(data.max_length, tokenizer.pad_token_id),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        callbacks=_callbacks(args, train_rows, eval_tokens, tokenizer, data, folder, resume_step),
+        callbacks=_callbacks(
+            args, train_rows, eval_tokens, tokenizer, data, folder, resume_step, engine
+        ),
         router_statistics=statistics,
         peak_flops=_peak_flops(args, model),
         metrics_file=StepLines(folder.metrics, resume_step) if first else None,
         run_facts={"data_key": train_tokens.folder.name, "versions": versions()},
+        engine=engine,
     )
+    _check_engine(trainer, engine)
+    if engine.kind == "fsdp" and args.bf16:
+        set_fsdp_precision(trainer.accelerator.state.fsdp_plugin)
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, CompletionCallback):
+        if isinstance(callback, CompletionCallback | IsolationCallback):
             callback.trainer = trainer
     return trainer
 
@@ -116,19 +131,71 @@ def _callbacks(
     data: DataArguments,
     folder: RunFolder,
     resume_step: int | None,
+    engine: Engine,
 ) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = [EpochCallback(train_rows)]
+    callbacks: list[TrainerCallback] = [
+        EpochCallback(train_rows),
+        IsolationCallback(data.max_length, tokenizer.pad_token_id),
+    ]
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-    if eval_tokens is not None and args.num_samples and args.process_index == 0:
+    first = args.process_index == 0
+    if eval_tokens is not None and args.num_samples and (first or engine.shards_weights):
         prompts = pick_prompts(eval_tokens, tokenizer, args.num_samples, data.max_length)
         callbacks.append(
             CompletionCallback(
-                StepLines(folder.samples, resume_step), prompts, tokenizer,
+                StepLines(folder.samples, resume_step) if first else None, prompts, tokenizer,
                 args.sample_max_new_tokens, resume_step,
             )
         )  # fmt: skip
     return callbacks
+
+
+def _check_engine(trainer: SftTrainer, engine: Engine) -> None:
+    """Raise where accelerate fell back to something else in silence, as it does on a CPU.
+
+    Raises:
+        UsageError: naming what is on instead.
+    """
+    is_on = (trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled)
+    if is_on != (engine.layout == "zero", engine.kind == "fsdp"):
+        raise UsageError(
+            f"the launch file asks for {engine}, but accelerate switched on "
+            f"{trainer.accelerator.distributed_type.value}; FSDP needs GPUs, and DeepSpeed must be "
+            "launched without --use_cpu"
+        )
+
+
+def set_fsdp_precision(plugin: Any) -> None:
+    """Have accelerate's FSDP compute in bfloat16, but sum gradients and return the loss in float32.
+
+    Accelerate's policy for bf16 reduces in bfloat16 and casts what the model returns to it, the
+    loss included (`FullyShardedDataParallelPlugin.set_mixed_precision`, accelerate 1.15).
+    """
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+    )
+
+
+class IsolationCallback(TrainerCallback):
+    """Prove on the first row that packed documents do not see each other, before any step."""
+
+    def __init__(self, max_length: int, pad_token_id: int) -> None:
+        """Remember the row's shape; `trainer` is set by the caller once it exists."""
+        self.max_length, self.pad_token_id = max_length, pad_token_id
+        self.trainer: Any = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Check on every rank: where weights are sharded a forward is collective.
+
+        Raises:
+            LeakError: documents see each other.
+        """
+        report = check_isolation(
+            self.trainer.model, self.trainer.first_row(), self.max_length, self.pad_token_id,
+            autocast=torch.bfloat16 if args.bf16 else None,
+        )  # fmt: skip
+        logger.info("%s", report)
 
 
 class EpochCallback(TrainerCallback):

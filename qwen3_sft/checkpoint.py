@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import xxhash
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from qwen3_sft.model import load_strict
@@ -28,6 +31,11 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_LAYOUTS = {
+    "whole": "one process or DDP",
+    "dtensor": "FSDP2 (--fsdp_size or config/fsdp.json)",
+    "zero": "DeepSpeed ZeRO",
+}
 
 
 class CheckpointError(RuntimeError):
@@ -123,6 +131,15 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         CheckpointError: the live model has other parameters than the files.
     """
     saved = load_strict(folder, dtype=next(model.parameters()).dtype).state_dict()
+    load_whole_state(model, saved, folder)
+
+
+def load_whole_state(model: PreTrainedModel, saved: dict[str, Tensor], folder: Path) -> None:
+    """Copy the whole tensors read from `folder` into a model that must have the same names.
+
+    Raises:
+        CheckpointError: it has others.
+    """
     live = model.state_dict()
     if saved.keys() != live.keys():
         differing = sorted(saved.keys() ^ live.keys())
@@ -131,15 +148,45 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def refuse_non_finite(model: torch.nn.Module, step: int) -> None:
-    """Raise before a NaN or Inf weight can replace a good checkpoint.
+    """Raise on all ranks before a NaN or Inf weight can replace a good checkpoint.
 
     Raises:
         CheckpointError: naming the first such parameter.
     """
-    flags = {name: torch.isfinite(p).all() for name, p in model.named_parameters()}
-    if not torch.stack(list(flags.values())).all():
-        bad = next(name for name, flag in flags.items() if not flag)
+    parts = {name: local_part(p) for name, p in model.named_parameters()}
+    is_finite = torch.stack([torch.isfinite(part).all() for part in parts.values()]).int()
+    if dist.is_initialized():
+        dist.all_reduce(is_finite, op=dist.ReduceOp.MIN)
+    if not is_finite.all():
+        bad = list(parts)[int(is_finite.argmin())]
         raise CheckpointError(f"step {step}: {bad} holds NaN or Inf; no checkpoint was written")
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """Return what this process holds of a parameter: its shard of a DTensor or ZeRO-3's, or all."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return getattr(parameter, "ds_tensor", parameter)  # DeepSpeed's name for its partition
+
+
+def check_resumable(manifest: dict[str, Any], layout: str, world_size: int, folder: Path) -> None:
+    """Refuse a checkpoint that this engine or number of processes cannot read.
+
+    Raises:
+        CheckpointError: saying what it was written with and what to launch instead.
+    """
+    saved_layout = manifest.get("layout", "whole")
+    if saved_layout != layout:
+        raise CheckpointError(
+            f"{folder} was saved under {_LAYOUTS[saved_layout]}, this run uses {_LAYOUTS[layout]}: "
+            "launch as before, or export it (qwen3-sft export) and start a new run from the export"
+        )
+    if layout == "zero" and manifest["world_size"] != world_size:
+        raise CheckpointError(
+            f"{folder} was saved by {manifest['world_size']} processes, there are {world_size}: a "
+            "DeepSpeed checkpoint keeps its number; launch as many, or use --fsdp_size, whose "
+            "checkpoints load on any"
+        )
 
 
 def _hash(path: Path) -> str:

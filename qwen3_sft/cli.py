@@ -93,14 +93,14 @@ def _export(argv: list[str]) -> int:
 
     import torch
 
-    from qwen3_sft.checkpoint import CheckpointError, verify
+    from qwen3_sft.checkpoint import CheckpointError
     from qwen3_sft.export import export_model
     from qwen3_sft.export_check import ExportError
-    from qwen3_sft.model import ModelError, load_strict
+    from qwen3_sft.model import ModelError
+    from qwen3_sft.whole_checkpoint import load_checkpoint
 
     try:
-        verify(own.checkpoint)
-        model = load_strict(own.checkpoint)
+        model = load_checkpoint(own.checkpoint)
         export_model(model, own.checkpoint, own.folder, getattr(torch, own.dtype))
     except (CheckpointError, ModelError, ExportError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -92,12 +92,13 @@ def complete(
 class CompletionCallback(TrainerCallback):
     """Write completions to samples.jsonl at the start, at each evaluation and at the end.
 
-    On rank 0 only; the others wait for it at their next collective.
+    On rank 0, and where weights are sharded on all ranks, which compute the same and write nothing.
+    Without sharding the others wait at their next collective.
     """
 
     def __init__(
         self,
-        lines: StepLines,
+        lines: StepLines | None,
         prompts: Sequence[Prompt],
         tokenizer: Any,
         max_new_tokens: int,
@@ -129,6 +130,8 @@ class CompletionCallback(TrainerCallback):
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             answers = complete(model, self.tokenizer, self.prompts, self.max_new_tokens)
         for prompt, answer in zip(self.prompts, answers, strict=True):
+            if self.lines is None:
+                continue
             self.lines.write(
                 {
                     "step": state.global_step,

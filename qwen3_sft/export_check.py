@@ -16,10 +16,11 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qwen3_sft.full_tensors import full_tensors
 from qwen3_sft.model import load_strict
 
 # The weights are equal bit by bit, so only other kernels (float32) and roundings to a narrower type
-# (the live model may compute in float32) may show in the logits, as RMS ratios.
+# (in which one of the two models may compute) may show in the logits, as RMS ratios.
 _LOGITS_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
@@ -32,8 +33,8 @@ class Expected:
     """What the live model holds and says.
 
     Attributes:
-        digests: of each tensor of the state dict, cast as written.
-        logits: (1, 16, V) float32 on the CPU, of the probe.
+        digests: of each entry of `full_tensors`, cast as written.
+        logits: (1, 16, V) on the CPU, of the probe; their dtype is that of the computation.
     """
 
     digests: dict[str, str]
@@ -62,14 +63,25 @@ def digest(tensor: Tensor) -> str:
 
 @torch.no_grad()
 def probe(model: Any) -> Tensor:
-    """Return the logits (1, 16, V) of fixed tokens, float32 on the CPU."""
+    """Return the logits (1, 16, V) of fixed tokens on the CPU, of the dtype they were computed in.
+
+    A forward pass, so every rank that holds a part of the model takes part.
+    """
     was_training = model.training
     model.eval()
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.config.get_text_config().vocab_size  # ZeRO-3 leaves the embedding empty
     ids = (torch.arange(16, device=model.device) * 7919 % vocabulary)[None]
-    logits = model(input_ids=ids, use_cache=False).logits.float().cpu()
-    model.train(was_training)
-    return logits.contiguous()
+    computed: list[torch.dtype] = []
+    # Engines widen the result to float32 after a forward pass in bfloat16.
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: computed.append(output.dtype)
+    )
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+        model.train(was_training)
+    return logits.to("cpu", computed[-1] if computed else logits.dtype).contiguous()
 
 
 def check_export(folder: Path, expected: Expected) -> None:
@@ -79,7 +91,7 @@ def check_export(folder: Path, expected: Expected) -> None:
         ExportError: what differs.
     """
     reloaded = load_strict(folder, dtype="auto")
-    actual = reloaded.state_dict()
+    actual = {name: tensor for name, tensor in full_tensors(reloaded) if tensor is not None}
     if actual.keys() != expected.digests.keys():
         differing = sorted(actual.keys() ^ expected.digests.keys())
         raise ExportError(f"{folder}: keys differ: {', '.join(differing[:5])}")
@@ -87,8 +99,9 @@ def check_export(folder: Path, expected: Expected) -> None:
         if digest(tensor) != expected.digests[name]:
             raise ExportError(f"{folder}: {name} differs after reloading")
     got, want = probe(reloaded), expected.logits
+    limit = max(_LOGITS_LIMIT[got.dtype], _LOGITS_LIMIT[want.dtype])
+    got, want = got.float(), want.float()
     ratio = ((got - want).square().mean() / want.square().mean()).sqrt().item()
-    limit = _LOGITS_LIMIT[reloaded.dtype]
     if not ratio <= limit:
         raise ExportError(f"{folder}: probe logits differ by {ratio:.2e} (RMS ratio) > {limit:.0e}")
 

@@ -70,7 +70,7 @@ def check_isolation(
     """Compare logits and loss of the row's first documents, packed and alone.
 
     Args:
-        model: patched, on its device, not yet wrapped.
+        model: patched and on its device. Where it is sharded every rank must check the same row.
         row: the (ids, trained) documents of one packed row.
         max_length: tokens in a row.
         pad_token_id: fills the rest.
@@ -109,17 +109,23 @@ def check_isolation(
 def _logits(
     model: PreTrainedModel, row: Sequence[Document], max_length: int, pad_token_id: int
 ) -> list[Tensor]:
-    """Return float32 logits on the CPU of each document's first positions, (<= 256, V)."""
+    """Return float32 logits on the CPU of each document's first positions, (<= 256, V).
+
+    One forward of the whole model: engines that shard it gather weights from its root down.
+    """
     batch = PackedCollator(max_length, pad_token_id)([list(row)])
     keep = {"input_ids", "position_ids"} | {k for k in batch if k.startswith(("cu_", "max_length"))}
     inputs = {
         k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items() if k in keep
     }
-    length = sum(len(ids) for ids, _ in row)
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state[0, :length]
     lengths = [len(ids) for ids, _ in row]
-    starts = [part[:_MAX_POSITIONS] for part in hidden.split(lengths)]
-    return [model.lm_head(start).float().cpu() for start in starts]
+    starts = np.cumsum([0, *lengths[:-1]]).tolist()
+    counts = [min(length, _MAX_POSITIONS) for length in lengths]
+    positions = torch.cat(
+        [torch.arange(start, start + n) for start, n in zip(starts, counts, strict=True)]
+    )
+    outputs = model(**inputs, use_cache=False, logits_to_keep=positions.to(model.device))
+    return [part.float().cpu() for part in outputs.logits[0].split(counts)]
 
 
 def _ratio(actual: Tensor, expected: Tensor) -> float:

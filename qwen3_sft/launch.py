@@ -2,55 +2,114 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-import qwen3_sft
+from qwen3_sft.launch_choice import CONFIG, Choice, choose, launch_environment
 from qwen3_sft.logs import set_up_logging
 
 logger = logging.getLogger(__name__)
-
-CONFIG = Path(qwen3_sft.__file__).parent.parent / "config"
 
 
 def launch(argv: list[str]) -> int:
     """Run `accelerate launch CONFIG -m qwen3_sft.train ARGV`; return the run's own exit code.
 
     Environment:
-        ACCELERATE_CONFIG: the launch file; by default chosen by the number of GPUs.
+        ACCELERATE_CONFIG: the launch file; by default chosen by GPUs and memory plan.
         DRY_RUN: 1 prints the command, the patches and the memory plan instead.
     """
     set_up_logging()
     if not argv:
         argv = ["--config", str(CONFIG / "recipe" / "demo.yaml")]
-    command = launch_command(argv)
-    if os.environ.get("DRY_RUN") == "1":
-        logger.info("command: %s", shlex.join(command))
-        from qwen3_sft.train import main
+    try:
+        gpus, memory = _machine()
+        choice = choose(argv, gpus_per_node=gpus, gpu_memory_gib=memory, environment=os.environ)
+        command = launch_command(argv, choice)
+        logger.info("launch: %s (%s)", choice.config, choice.reason)
+        if os.environ.get("DRY_RUN") == "1":
+            return _dry_run(argv, choice, command)
+        prepare_deepspeed(argv, choice)
+    except ValueError as error:
+        from qwen3_sft.recipe import UsageError  # late: it imports transformers
 
-        return main([*argv, "--dry_run", "true"])
+        if not isinstance(error, UsageError):
+            raise
+        logger.error("error: %s", error)
+        return 2
     with tempfile.TemporaryDirectory() as folder:
         exit_file = Path(folder) / "exit_code"
         environment = {**os.environ, "QWEN3_SFT_EXIT_FILE": str(exit_file)}
-        code = subprocess.run(command, env=environment, check=False).returncode
-        return int(exit_file.read_text(encoding="utf-8")) if exit_file.is_file() else code
+        if not subprocess.run(command, env=environment, check=False).returncode:
+            return 0
+        # Every failure is 1 to accelerate; and one process may end well before another fails.
+        reported = exit_file.read_text(encoding="utf-8") if exit_file.is_file() else ""
+        return int(reported or 1) or 1
 
 
-def launch_command(argv: list[str]) -> list[str]:
+def launch_command(argv: list[str], choice: Choice) -> list[str]:
     """Return the accelerate command for these options."""
-    if config := os.environ.get("ACCELERATE_CONFIG"):
-        choice = ["--config_file", config]
-    else:
-        import torch
-
-        gpus = torch.cuda.device_count()
-        name = "ddp.json" if gpus > 1 else "single.json"
-        choice = ["--config_file", str(CONFIG / name)]
-        choice += ["--num_processes", str(gpus)] if gpus > 1 else []
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    return [*accelerate, *choice, "-m", "qwen3_sft.train", *argv]
+    config = ["--config_file", str(choice.config), *choice.accelerate_flags]
+    return [*accelerate, *config, "-m", "qwen3_sft.train", *argv, *choice.run_flags]
+
+
+def _machine() -> tuple[int, float | None]:
+    """Return the number of GPUs and the memory of one in GiB; None where it decides nothing."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus <= 1:
+        return gpus, None
+    return gpus, torch.cuda.get_device_properties(0).total_memory / 2**30
+
+
+def _dry_run(argv: list[str], choice: Choice, command: list[str]) -> int:
+    from qwen3_sft.train import main
+
+    logger.info("command: %s", shlex.join(command))
+    with _environment(launch_environment(choice)):
+        return main([*argv, *choice.run_flags, "--dry_run", "true"])
+
+
+def prepare_deepspeed(argv: list[str], choice: Choice) -> None:
+    """Do once, before any process starts, what would stall them or be found out after minutes.
+
+    Raises:
+        UsageError: DeepSpeed or a compiler is missing, a build was cut off, or the units of ZeRO-3
+            do not suit the model.
+    """
+    flags = choice.accelerate_flags
+    if "--deepspeed_config_file" not in flags:
+        return
+    from qwen3_sft.cpu_adam import prebuild_cpu_adam, refuse_stale_locks
+    from qwen3_sft.launch_choice import planned_model
+    from qwen3_sft.recipe import parse_options
+    from qwen3_sft.zero import check_zero3, describe, require_deepspeed
+
+    require_deepspeed()
+    refuse_stale_locks()
+    file = Path(flags[flags.index("--deepspeed_config_file") + 1])
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config["zero_optimization"]["stage"] == 3:
+        model, assumption = planned_model(parse_options(argv))
+        logger.info("%s%s", assumption, describe(check_zero3(model, config)))
+    prebuild_cpu_adam(config)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -12,6 +12,8 @@ from typing import TextIO
 _SLOW_BYTES = 2 << 30  # about two seconds of a good disk
 # They report at import that CUDA extensions for other builds exist, which no user can act on.
 _CHATTY_AT_IMPORT = ("torchao", "torch.utils._pytree")
+# Says on every rank that a gather over two mesh dimensions takes two collectives.
+_CHATTY_WHEN_SHARDED = ("torch.distributed.tensor._redistribute",)
 
 
 def set_up_logging(stream: TextIO | None = None) -> None:
@@ -25,7 +27,7 @@ def set_up_logging(stream: TextIO | None = None) -> None:
         log.handlers = [handler]
         log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
         log.propagate = False
-    for name in _CHATTY_AT_IMPORT:
+    for name in (*_CHATTY_AT_IMPORT, *_CHATTY_WHEN_SHARDED):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

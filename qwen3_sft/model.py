@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 from transformers.utils import (
     is_flash_attn_2_available,
     is_flash_attn_3_available,
@@ -23,9 +24,12 @@ from transformers.utils import (
 )
 
 from qwen3_sft.args import EXPERT_PATCHES, ModelArguments
+from qwen3_sft.engine import Engine
 from qwen3_sft.logs import progress_bars
 
 logger = logging.getLogger(__name__)
+
+_ALONE = Engine("single")
 
 MODEL_TYPES = ("qwen3_moe",)
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
@@ -64,6 +68,12 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
             f"{folder}: model_type is {model_type!r}; this project trains {', '.join(MODEL_TYPES)}"
         )
     return folder
+
+
+def num_experts(folder: Path) -> int:
+    """Return the experts of each layer of a checkpoint."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("num_experts") or config["num_local_experts"]
 
 
 def resolve_tokenizer(name: str, revision: str | None = None) -> Path:
@@ -107,9 +117,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def weights_dtype(options: ModelArguments) -> torch.dtype:
-    """Return the dtype the trained weights are kept in."""
-    return torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+def weights_dtype(
+    options: ModelArguments, engine: Engine = _ALONE, compute: torch.dtype = torch.float32
+) -> torch.dtype:
+    """Return the dtype the trained weights are kept in.
+
+    Args:
+        options: `dtype`.
+        engine: DeepSpeed keeps float32 master weights itself, beside weights in the compute dtype.
+        compute: of the products.
+    """
+    if options.dtype == "bfloat16":
+        return torch.bfloat16
+    return compute if engine.layout == "zero" else torch.float32
 
 
 def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -148,9 +168,20 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
 
 
 def load_model(
-    folder: Path, options: ModelArguments, device: torch.device, dtype: torch.dtype, attention: str
+    folder: Path,
+    options: ModelArguments,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    *,
+    engine: Engine = _ALONE,
+    compute: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Load the weights, with Liger's RMSNorm and RoPE on CUDA.
+
+    Natively sharded and ZeRO-3 models come back as this process's shards. Under accelerate's FSDP
+    with cpu_ram_efficient_loading only the first process of a node holds weights. Those and plain
+    models are on the CPU.
 
     Liger's SwiGLU replacement stays off: it would bypass the experts registry silently. Its fused
     cross entropy stays off too: the `linear_cross_entropy` patch projects labelled positions only.
@@ -164,6 +195,14 @@ def load_model(
         "attn_implementation": "sdpa" if attention == "torch_varlen" else attention,
         "trust_remote_code": False,
     }
+    if engine.kind == "native":
+        kwargs["distributed_config"] = DistributedConfig(
+            fsdp_size=engine.fsdp_size,
+            ep_size=engine.ep_size,
+            dp_replicate_size=engine.dp_replicate_size,
+            # Gathers in bfloat16, reduces in float32.
+            fsdp_mixed_precision=compute == torch.bfloat16,
+        )
     if options.experts_implementation not in EXPERT_PATCHES:
         kwargs["experts_implementation"] = options.experts_implementation
     use_liger = device.type == "cuda" if options.use_liger is None else options.use_liger

@@ -81,6 +81,25 @@ class RunFolder:
         (self.path / "config.yaml").write_text(text, encoding="utf-8")
 
 
+def check_resume(run: RunFolder, resume: str) -> None:
+    """Find a mistake in `--resume` before anything expensive begins.
+
+    Raises:
+        UsageError: `never` with a used folder, or a path that is no folder.
+    """
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise UsageError(f"--resume {resume}: no such folder (or `auto`, or `never`)")
+    # Rank 0 decides: it may have begun to write by the time others look.
+    if resume != "never" or int(os.environ.get("RANK", "0")):
+        return
+    used = [p.name for p in run.path.iterdir()] if run.path.is_dir() else []
+    if used:
+        raise UsageError(
+            f"--resume never: {run.path} is not empty ({', '.join(sorted(used)[:4])}); choose "
+            "another --output_dir or leave --resume at auto"
+        )
+
+
 def choose_checkpoint(run: RunFolder, resume: str) -> Path | None:
     """Return the checkpoint to resume from, None for a fresh start.
 
@@ -89,25 +108,13 @@ def choose_checkpoint(run: RunFolder, resume: str) -> Path | None:
         resume: `auto`, `never` or a checkpoint's path.
 
     Raises:
-        UsageError: `never` with a used folder, or a path that is no folder.
         CheckpointError: the named checkpoint is damaged.
     """
     if resume == "never":
-        if int(os.environ.get("RANK", "0")):
-            return None  # rank 0 decides, and may have begun to write by now
-        used = [p.name for p in run.path.iterdir()] if run.path.is_dir() else []
-        if used:
-            raise UsageError(
-                f"--resume never: {run.path} is not empty ({', '.join(sorted(used)[:4])}); choose "
-                "another --output_dir or leave --resume at auto"
-            )
         return None
     if resume != "auto":
-        folder = Path(resume)
-        if not folder.is_dir():
-            raise UsageError(f"--resume {resume}: no such folder (or `auto`, or `never`)")
-        verify(folder)
-        return folder
+        verify(Path(resume))
+        return Path(resume)
     checkpoint, passed_over = newest_verified(run.path)
     for reason in passed_over:
         logger.warning("passed over a checkpoint: %s", reason)

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerState
 
@@ -146,12 +147,14 @@ class SftTrainer(CheckpointedTrainer):
         """Skip the update when the loss or the gradient norm is NaN or Inf.
 
         The last point before `optimizer.step()`: without gradients it changes nothing, neither
-        weights nor moments. Upstream would clip by NaN and turn every weight into NaN.
+        weights nor moments. Upstream would clip by NaN and turn every weight into NaN. DeepSpeed
+        steps within the backward pass and has skipped the update itself if the norm is not finite.
 
         Raises:
             NonFiniteError: after `max_bad_steps` such steps in a row.
         """
         norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss = self._sum_over_ranks(self._step_loss) / self.args.world_size
         # One wait for the device per optimizer step; none per micro-batch.
         loss_value, norm_value = torch.stack([loss, torch.as_tensor(norm).to(loss)]).tolist()

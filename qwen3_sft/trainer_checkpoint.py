@@ -8,11 +8,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from qwen3_sft import sharded_checkpoint
 from qwen3_sft.checkpoint import (
     CheckpointError,
     load_weights,
@@ -22,7 +24,10 @@ from qwen3_sft.checkpoint import (
     seal,
     verify,
 )
+from qwen3_sft.engine import Engine
+from qwen3_sft.hub_writer import write_hub_model
 from qwen3_sft.logs import progress_bars
+from qwen3_sft.rank_zero import on_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -30,23 +35,33 @@ _STAGING = ".saving"
 
 
 class CheckpointedTrainer(Trainer):
-    """Trainer whose checkpoints are published whole and restored strictly."""
+    """Trainer whose checkpoints are published whole and restored strictly, on every engine."""
 
     # Upstream declares these as optional or as unions that a type checker cannot narrow.
     args: Any
     model: Any
+    model_wrapped: Any
+    optimizer: Any
+    lr_scheduler: Any
     processing_class: Any
     current_flos: Any
 
-    def __init__(self, *, run_facts: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(self, *, run_facts: dict[str, Any], engine: Engine, **kwargs: Any) -> None:
         """Keep what every manifest records beside the files.
 
         Args:
             run_facts: data key, chat format, versions and the like.
+            engine: what spreads the run over processes.
             **kwargs: as for `transformers.Trainer`.
         """
+        args = kwargs["args"]
+        save_only_model = args.save_only_model
+        # Upstream refuses to save a natively sharded model with its optimizer; this class does it.
+        args.save_only_model = save_only_model or engine.kind == "native"
         super().__init__(**kwargs)
+        args.save_only_model = save_only_model
         self.run_facts = run_facts
+        self.engine = engine
         self.skipped_steps = 0
         self._is_staging = False
 
@@ -61,6 +76,8 @@ class CheckpointedTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         """While a checkpoint is being written, point upstream's code at the staging folder."""
         return str(self._output_dir / _STAGING) if self._is_staging else str(self._output_dir)
+
+    # ---- saving ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Let upstream write aside, then seal, publish and only then rotate.
@@ -83,18 +100,21 @@ class CheckpointedTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             self._point_best_at(name)
             if self.is_world_process_zero():
-                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-                seal(staging / name, **self._facts())
-                publish(staging / name, self._output_dir / name)
-                staging.rmdir()
-                rotate_checkpoints(
-                    output_dir=str(self._output_dir),
-                    save_total_limit=self.args.save_total_limit,
-                    best_model_checkpoint=self.state.best_model_checkpoint,
-                    use_mtime=True,
-                )
+                self._publish(staging, name)
                 logger.info("step %d  saved %s", step, self._output_dir / name)
             self.accelerator.wait_for_everyone()
+
+    def _publish(self, staging: Path, name: str) -> None:
+        self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+        seal(staging / name, **self._facts())
+        publish(staging / name, self._output_dir / name)
+        staging.rmdir()
+        rotate_checkpoints(
+            output_dir=str(self._output_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
 
     def _point_best_at(self, name: str) -> None:
         """Upstream looks for the best checkpoint in the staging folder; name its real place."""
@@ -107,10 +127,32 @@ class CheckpointedTrainer(Trainer):
         return {
             "step": self.state.global_step,
             "world_size": self.args.world_size,
+            "engine": str(self.engine),
+            "layout": self.engine.layout,
             "seed": self.args.seed,
             "skipped_steps": self.skipped_steps,
             **self.run_facts,
         }
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the weights as the engine's layout wants them; ZeRO's come with its optimizer."""
+        folder = Path(output_dir or self._output_dir)
+        if self.engine.layout == "whole":
+            super().save_model(str(folder), _internal_call)
+            return
+        if self.engine.layout == "dtensor":
+            if self._saves_whole_weights():
+                write_hub_model(self.model, folder, self.model.dtype)
+            else:
+                sharded_checkpoint.save_weights(self.model, folder)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.model.config.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+
+    def _saves_whole_weights(self) -> bool:
+        plugin = self.accelerator.state.fsdp_plugin if self.engine.kind == "fsdp" else None
+        return plugin is not None and "FULL_STATE_DICT" in str(plugin.state_dict_type)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write model and tokenizer; unlike upstream no pickle of the arguments."""
@@ -120,21 +162,36 @@ class CheckpointedTrainer(Trainer):
                 self.model.save_pretrained(output_dir or self._output_dir, state_dict=state_dict)
             self.processing_class.save_pretrained(output_dir or self._output_dir)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Upstream would write a natively sharded optimizer's first shard for the whole of it."""
+        if self.engine.layout != "dtensor":
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharded_checkpoint.save_optimizer(self.model, self._torch_optimizer(), Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _torch_optimizer(self) -> Any:
+        """Torch's optimizer below accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    # ---- loading ----
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         """Restore the weights strictly; upstream leaves the experts as they are, silently.
 
-        The files were hashed when the checkpoint was chosen (`run_folder.choose_checkpoint`).
+        Not called under DeepSpeed, which loads all it has at once. The files were hashed when the
+        checkpoint was chosen (`run_folder.choose_checkpoint`).
         """
-        manifest = read_manifest(Path(resume_from_checkpoint))
-        self.skipped_steps = manifest["skipped_steps"]
-        if manifest["world_size"] != self.args.world_size:
-            logger.warning(
-                "resuming a run of %d processes on %d: data order is kept, random states of "
-                "dropout are not", manifest["world_size"], self.args.world_size,
-            )  # fmt: skip
-        load_weights(self.model, Path(resume_from_checkpoint))
+        self._load_weights(Path(resume_from_checkpoint))
+
+    def _load_weights(self, folder: Path) -> None:
+        if self.engine.layout == "dtensor":
+            sharded_checkpoint.load_sharded_weights(self.model, folder)
+        else:
+            load_weights(self.model, folder)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Upstream trains one step too many when it resumes from the last checkpoint."""
@@ -149,14 +206,35 @@ class CheckpointedTrainer(Trainer):
         Raises:
             CheckpointError: naming the missing file.
         """
-        for name in ("optimizer.pt", "scheduler.pt"):
-            if checkpoint is not None and not (Path(checkpoint) / name).is_file():
-                raise CheckpointError(f"{checkpoint}/{name}: missing, cannot resume from here")
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        self._restore_facts(folder)
+        if self.engine.layout == "dtensor":
+            sharded_checkpoint.load_optimizer(self.model, self._torch_optimizer(), folder)
+            sharded_checkpoint.load_scheduler(self.lr_scheduler, folder / SCHEDULER_NAME)
+            return
+        needed = ("optimizer.pt", "scheduler.pt") if self.engine.layout == "whole" else ("latest",)
+        for name in needed:
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder}/{name}: missing, cannot resume from here")
         super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _restore_facts(self, folder: Path) -> None:
+        manifest = read_manifest(folder)
+        self.skipped_steps = manifest["skipped_steps"]
+        if manifest["world_size"] != self.args.world_size:
+            logger.warning(
+                "resuming a run of %d processes on %d: data order is kept, random states of "
+                "dropout are not", manifest["world_size"], self.args.world_size,
+            )  # fmt: skip
 
     def _load_best_model(self) -> None:
         """Go back to the best checkpoint's weights, experts included."""
         best = Path(str(self.state.best_model_checkpoint))
-        verify(best)
-        load_weights(self.model, best)
+        on_first_rank(lambda: verify(best))
+        if self.engine.layout == "zero":
+            super()._load_best_model()
+        else:
+            self._load_weights(best)
         logger.info("best model: %s, %s", best, self.state.best_metric)

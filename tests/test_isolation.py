@@ -34,7 +34,7 @@ def test_a_leak_is_refused(tiny_moe, tokenizer, row, autocast):
     original = tiny_moe.model.forward
 
     def leaking(input_ids, **kwargs):
-        return original(input_ids, attention_mask=torch.ones_like(input_ids), **kwargs)
+        return original(input_ids, **kwargs | {"attention_mask": torch.ones_like(input_ids)})
 
     tiny_moe.model.forward = leaking
     with torch.no_grad():  # random weights attend evenly; make what is attended matter

@@ -16,17 +16,19 @@ from tests.source_tree import ROOT, imports_of, is_type_checking, modules, place
 # circle arises, and from the lines below.
 LAYERS: tuple[tuple[str, str], ...] = (
     ("command line", "cli"),
-    ("start", "launch train"),
+    ("start", "launch launch_choice train multinode node cluster accelerate_environment"),
     ("one run", "run build dry_run"),
     ("verbs", "export export_check data.inspection"),
-    ("training", "trainer trainer_checkpoint checkpoint completions isolation run_folder"),
-    ("parts", "model patches metrics collator demo.build"),
+    ("training", "trainer trainer_checkpoint sharded_checkpoint checkpoint completions isolation "
+     "run_folder whole_checkpoint"),
+    ("parts", "model patches metrics collator demo.build final_arguments process_group"),
     ("tokens", "data.prepare data.report data.token_store data.tokenize_rows data.cache_key"),
     ("rows", "data.raw_rows data.readers data.table_rows data.json_rows data.formats data.turns"),
     ("text", "chat.render chat.text chat.pieces chat.templates chat.encoding"),
-    ("options", "recipe args"),
+    ("options", "engine recipe args memory_plan zero cpu_adam"),
     ("demo", "demo.conversations demo.model"),
-    ("facts", "packing flops hardware known_models samples data.tally logs"),
+    ("facts", "packing flops hardware known_models samples data.tally logs "
+     "full_tensors rank_zero hub_writer"),
     ("packages", "data chat demo"),
 )  # fmt: skip
 

@@ -4,7 +4,7 @@ import pytest
 
 from qwen3_sft.checkpoint import CheckpointError, seal
 from qwen3_sft.recipe import UsageError
-from qwen3_sft.run_folder import RunFolder, choose_checkpoint, versions
+from qwen3_sft.run_folder import RunFolder, check_resume, choose_checkpoint, versions
 
 
 @pytest.fixture
@@ -39,15 +39,17 @@ def test_a_named_checkpoint_is_verified(folder):
     with pytest.raises(CheckpointError, match=r"trainer_state\.json"):
         choose_checkpoint(folder, str(path))
     with pytest.raises(UsageError, match="no such folder"):
-        choose_checkpoint(folder, str(path) + "x")
+        check_resume(folder, str(path) + "x")
 
 
 def test_never_refuses_a_used_folder_on_the_first_rank(folder, monkeypatch):
-    assert choose_checkpoint(folder, "never") is None
+    check_resume(folder, "never")
     (folder.path / "notes.txt").touch()
+    check_resume(folder, "auto")
     with pytest.raises(UsageError, match=r"notes\.txt"):
-        choose_checkpoint(folder, "never")
+        check_resume(folder, "never")
     monkeypatch.setenv("RANK", "1")
+    check_resume(folder, "never")
     assert choose_checkpoint(folder, "never") is None
 
 

@@ -16,6 +16,7 @@ import monkey_patch
 from qwen3_sft.args import TrainArguments
 from qwen3_sft.build import EpochCallback
 from qwen3_sft.collator import PackedCollator
+from qwen3_sft.engine import Engine
 from qwen3_sft.metrics import StepLines
 from qwen3_sft.packing import PackedDataset
 from qwen3_sft.trainer import SftTrainer
@@ -83,6 +84,7 @@ def make_trainer(
         peak_flops=None,
         metrics_file=StepLines(folder / "metrics.jsonl"),
         run_facts={"data_key": "test"},
+        engine=Engine("single"),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

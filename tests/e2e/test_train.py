@@ -154,7 +154,7 @@ def test_mistakes_end_with_code_2_and_say_where(base, tmp_path):
     for arguments, named in (
         (("--modle", "x"), "--model_name_or_path"),
         (("--resume", tmp_path / "absent", *where), "--resume"),
-        (("--deepspeed", "x.json", "--max_rows", 1, *where), "not available yet"),
+        (("--deepspeed", "x.json", "--max_rows", 1, *where), "config/zero3.json"),
         (("--early_stopping_patience", 2, "--max_rows", 1, *where), "--load_best_model_at_end"),
         (("--report_to", "trackio", "--max_rows", 1, *where), "--report_to trackio: not installed"),
         ((*where, "--output_dir", data / "below"), f"--output_dir {data / 'below'}"),

@@ -8,7 +8,6 @@ from torch import nn
 from monkey_patch import PatchError, apply_patches
 from monkey_patch.kernels.linear_cross_entropy import linear_cross_entropy_sum
 from monkey_patch.kernels.linear_cross_entropy.reference import linear_cross_entropy_sum_reference
-from monkey_patch.linear_cross_entropy import LinearCrossEntropyHead
 from tests.oracle import RMS_TOLERANCE, assert_close
 
 
@@ -167,12 +166,15 @@ def test_the_signature_keeps_upstreams_names_and_adds_its_own(model, unpatched):
 
 
 def test_the_loss_runs_inside_the_head_module(model, packed):
-    apply_patches(model, ["linear_cross_entropy"])
-    assert type(model.lm_head) is LinearCrossEntropyHead
+    """Hooks of the head, such as those that gather its weight, fire; also ones set before."""
     shapes = []
     model.lm_head.register_forward_hook(
         lambda _, args, out: shapes.append((args[0].shape, out.shape))
     )
+    head, weight = model.lm_head, model.lm_head.weight
+    apply_patches(model, ["linear_cross_entropy"])
+    assert model.lm_head is head
+    assert model.lm_head.weight is weight
     model(packed.ids, **packed.isolation, **packed.labelled)
     assert shapes == [((len(packed.labelled["label_targets"]), 64), ())]
 
@@ -217,8 +219,8 @@ def _lora_head(model):
     return peft.get_peft_model(model, config)
 
 
-def _hooked_head(model):
-    model.lm_head.register_forward_hook(lambda *_: None)
+def _replaced_head(model):
+    model.lm_head.forward = model.lm_head.forward
     return model
 
 
@@ -231,11 +233,11 @@ def _biased_head(model):
     ("change", "message"),
     [
         (_lora_head, r"lm_head is peft.*Linear, not nn.Linear.*target_modules"),
-        (_hooked_head, "lm_head carries hooks"),
+        (_replaced_head, "lm_head has a replaced forward"),
         (_biased_head, "lm_head has a bias"),
         (lambda model: model.model, "matches nothing in Qwen3MoeModel"),
     ],
-    ids=["lora", "hooks", "bias", "no head"],
+    ids=["lora", "replaced", "bias", "no head"],
 )
 def test_patch_refuses_by_name(model, change, message):
     with pytest.raises(PatchError, match=message):

@@ -1,0 +1,95 @@
+"""Every tensor of a model in full, one after another, however the processes have divided it.
+
+A model may be whole (one process, DDP, ZeRO-2), made of DTensors (accelerate's FSDP2; transformers'
+FSDP2 with expert parallelism, where experts lie on another mesh than the rest) or partitioned by
+DeepSpeed ZeRO-3, which leaves parameters empty between forward passes. Gathering the whole state
+dict would need the model a second time in rank 0's memory; one tensor at a time does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+# What activation checkpointing and torch.compile put into the names of a module's children.
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def process_rank() -> int:
+    """Return the rank in the default process group; 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def full_tensors(
+    model: Any, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Yield each entry of the state dict once, in the same order on every rank.
+
+    Collective: every rank runs the loop to its end, also one that has no more use for the tensors;
+    otherwise the others wait in a gather until the process group's timeout.
+
+    Args:
+        model: without DDP's or DeepSpeed's own wrapper (`accelerator.unwrap_model`).
+        dtype: of the yielded floating-point tensors; DTensors are cast before they are gathered.
+            None leaves them as they are.
+
+    Yields:
+        The plain name, and on rank 0 the full tensor (detached, on any device; it may be the live
+        parameter itself), elsewhere None. Weights that are tied appear once, under the name that
+        `save_pretrained` keeps.
+    """
+    is_first = process_rank() == 0
+    for name, value in _entries(model).items():
+        wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        yield name, _gather(value, wanted, is_first)
+
+
+def _entries(model: Any) -> dict[str, Tensor]:
+    # keep_vars: tied weights and ZeRO-3's are told by the parameter object itself.
+    named = {_plain(k): v for k, v in model.state_dict(keep_vars=True).items()}
+    dependent = getattr(model, "all_tied_weights_keys", None) or {}
+    by_parameter: dict[int, list[str]] = {}
+    for name, value in named.items():
+        by_parameter.setdefault(id(value), []).append(name)
+    kept = {
+        next((name for name in names if name not in dependent), names[0])
+        for names in by_parameter.values()
+    }
+    return {name: value for name, value in named.items() if name in kept}
+
+
+def _plain(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _gather(value: Any, dtype: torch.dtype, is_first: bool) -> Tensor | None:
+    if isinstance(value, DTensor):
+        full = _gather_dtensor(value, dtype)
+        return full if is_first else None
+    if getattr(value, "ds_id", None) is not None:
+        return _gather_zero3(value, dtype, is_first)
+    return value.detach().to(dtype) if is_first else None
+
+
+def _gather_dtensor(value: Any, dtype: torch.dtype) -> Tensor:
+    """Gather over all dimensions of the mesh; a _StridedShard comes back in its right order.
+
+    An offloaded shard returns to its device first: NCCL moves nothing that lies on the CPU.
+    """
+    local: Any = value.detach().to(value.device_mesh.device_type, dtype)
+    return local.full_tensor()
+
+
+def _gather_zero3(value: Any, dtype: torch.dtype, is_first: bool) -> Tensor | None:
+    from deepspeed import zero
+
+    with zero.GatheredParameters([value]):
+        # Leaving the context partitions the parameter again, hence the copy.
+        return value.detach().to("cpu", dtype, copy=True) if is_first else None

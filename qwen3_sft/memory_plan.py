@@ -1,0 +1,229 @@
+"""Bytes that a model needs on each GPU and each host under an engine, activations not counted.
+
+What every engine keeps, in bytes per parameter with float32 AdamW and bfloat16 products, N being
+the processes that share one copy:
+
+    single         4 weights, 4 gradients, 8 optimizer
+    ddp            the same, and 4 for the buckets in which gradients are averaged
+    native, fsdp   (4 + 4 + 8) / N
+    zero2          2 weights, (2 gradients, 4 master weights, 8 optimizer) / N
+    zero3          (2 + 4 + 4 + 8) / N; offloaded, all but the weights are on the host
+
+On top comes what exists for a moment: layers gathered from their shards, gradients on their way
+into shards. The host needs most while weights are read (transformers 5.23, `from_pretrained`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qwen3_sft.engine import Engine
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by purpose.
+
+    Attributes:
+        parameters: of the whole model.
+        shards: processes that share one copy of what the engine shards.
+        gpu: bytes on each GPU.
+        host: bytes on each host, while loading or training.
+    """
+
+    parameters: int
+    shards: int
+    gpu: dict[str, int]
+    host: dict[str, int]
+
+    @property
+    def gpu_gib(self) -> float:
+        """The total on each GPU in GiB."""
+        return sum(self.gpu.values()) / GIB
+
+    @property
+    def host_gib(self) -> float:
+        """The total on each host in GiB."""
+        return sum(self.host.values()) / GIB
+
+    def lines(self, gpu_memory_gib: float | None = None) -> Iterator[str]:
+        """Yield the lines to print, beside what a GPU has if that is known."""
+        count = f"{self.parameters / 1e9:.3f} billion parameters"
+        yield f"memory per GPU, {count}, activations not counted:"
+        yield from (f"  {size / GIB:10.2f} GiB  {what}" for what, size in self.gpu.items())
+        yield f"  {self.gpu_gib:10.2f} GiB  in total"
+        if gpu_memory_gib is not None:
+            yield f"  {gpu_memory_gib:10.2f} GiB  on this GPU"
+        yield "memory per host, file cache not counted:"
+        yield from (f"  {size / GIB:10.2f} GiB  {what}" for what, size in self.host.items())
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of a model and of its largest tensor, layer, experts of a layer, embedding."""
+
+    model: int
+    tensor: int
+    layer: int
+    layer_experts: int
+    end: int
+
+    @classmethod
+    def of(cls, model: Any) -> Sizes:
+        """Measure a model, which may be on the meta device."""
+        layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        return cls(
+            model=_elements(model),
+            tensor=max(p.numel() for p in model.parameters()),
+            layer=max(_elements(layer) for layer in layers),
+            layer_experts=max(
+                (_elements(m) for m in model.modules() if type(m).__name__.endswith("Experts")),
+                default=0,
+            ),
+            end=max(_elements(end) for end in ends if end is not None),
+        )
+
+
+def memory_plan(
+    model: nn.Module,
+    engine: Engine,
+    *,
+    weights: torch.dtype,
+    compute: torch.dtype,
+    world_size: int = 1,
+    gpus_per_node: int = 1,
+    shards: int | None = None,
+    deepspeed: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Plan a run without loading anything.
+
+    Args:
+        model: on the meta device.
+        engine: what spreads it over the processes.
+        weights: dtype of the trained weights (`qwen3_sft.model.weights_dtype`).
+        compute: dtype of the products; under autocast not that of the weights.
+        world_size: processes in all, one per GPU.
+        gpus_per_node: processes on one host.
+        shards: processes that share one copy under accelerate's FSDP (HSDP); default: all.
+        deepspeed: the DeepSpeed configuration, for the ZeRO engines.
+    """
+    sizes = Sizes.of(model)
+    if engine.kind in ("zero2", "zero3"):
+        settings = (deepspeed or {}).get("zero_optimization", {})
+        shards, is_offloaded = world_size, _is_offloaded(settings)
+        summed = (deepspeed or {}).get("data_types", {}).get("grad_accum_dtype")
+        gradient = torch.float32 if summed == "fp32" else compute
+        gpu = _zero(sizes, engine, compute, gradient, shards, settings)
+    else:
+        shards = engine.fsdp_size if engine.kind == "native" else shards or world_size
+        is_offloaded = False
+        if not engine.shards_weights:
+            shards = 1
+            gpu = _whole(sizes, engine, weights, compute)
+        else:
+            gpu = _sharded(sizes, engine, weights, compute, shards)
+    host = _loading(sizes, engine, weights, shards, min(gpus_per_node, world_size))
+    if is_offloaded:
+        processes = min(gpus_per_node, world_size)
+        host["offloaded optimizer, master weights and gradients"] = (
+            processes * -(-sizes.model // shards) * (8 + 4 + 4 + compute.itemsize)
+        )
+    return Plan(sizes.model, shards, gpu, host)
+
+
+def _whole(
+    sizes: Sizes, engine: Engine, weights: torch.dtype, compute: torch.dtype
+) -> dict[str, int]:
+    rows = {
+        "weights": sizes.model * weights.itemsize,
+        "gradients": sizes.model * weights.itemsize,
+        "optimizer (AdamW, two states)": 2 * sizes.model * weights.itemsize,
+    }
+    if engine.kind == "ddp":
+        # A second copy of the gradients: accelerate leaves gradient_as_bucket_view off.
+        rows["buckets of DDP"] = sizes.model * weights.itemsize
+    if compute != weights:
+        rows["autocast copy of the largest weight"] = sizes.tensor * compute.itemsize
+    return rows
+
+
+def _sharded(
+    sizes: Sizes, engine: Engine, weights: torch.dtype, compute: torch.dtype, shards: int
+) -> dict[str, int]:
+    shard = -(-sizes.model // shards)
+    # Expert parallelism gathers this process's experts only.
+    layer = sizes.layer - sizes.layer_experts + sizes.layer_experts // engine.ep_size
+    # transformers' policy sums in float32, accelerate's in the dtype of the products.
+    summed = torch.float32 if engine.kind == "native" else compute
+    return {
+        f"weights, 1/{shards}": shard * weights.itemsize,
+        f"gradients, 1/{shards}": shard * weights.itemsize,
+        f"optimizer (AdamW, two states), 1/{shards}": 2 * shard * weights.itemsize,
+        "two layers and the head, gathered": (2 * layer + sizes.end) * compute.itemsize,
+        "gradients of one layer on their way": layer * (compute.itemsize + summed.itemsize),
+    }
+
+
+def _zero(
+    sizes: Sizes,
+    engine: Engine,
+    compute: torch.dtype,
+    gradient: torch.dtype,
+    shards: int,
+    settings: Mapping[str, Any],
+) -> dict[str, int]:
+    size, shard = compute.itemsize, -(-sizes.model // shards)
+    rows: dict[str, int] = {}
+    if engine.kind == "zero3":
+        rows[f"weights, 1/{shards}"] = shard * size
+    else:
+        rows["weights"] = sizes.model * size
+    if not _is_offloaded(settings):
+        rows[f"gradients, 1/{shards}"] = shard * gradient.itemsize
+        rows[f"float32 master weights, 1/{shards}"] = shard * 4
+        rows[f"optimizer (AdamW, two states), 1/{shards}"] = shard * 8
+        # Stage 3 turns gradients to float32 group by group, stage 2 the whole shard.
+        group = int(settings.get("sub_group_size", 1e9)) if engine.kind == "zero3" else shard
+        rows["float32 gradients of the update"] = min(group, shard) * 4
+    if engine.kind == "zero3":
+        rows["two layers and the head, gathered"] = (2 * sizes.layer + sizes.end) * size
+        rows["gradients of one layer on their way"] = 2 * sizes.layer * size
+    bucket = settings.get("reduce_bucket_size", 5e8)
+    bucket = sizes.tensor if bucket == "auto" else int(bucket)
+    # Stage 2 fills one bucket while the other is summed.
+    count = 2 if engine.kind == "zero2" else 1
+    rows["buckets of DeepSpeed"] = count * bucket * size
+    return rows
+
+
+def _loading(
+    sizes: Sizes, engine: Engine, weights: torch.dtype, shards: int, processes: int
+) -> dict[str, int]:
+    whole = sizes.model * weights.itemsize
+    if engine.kind == "native":
+        shard = -(-sizes.model // shards) * weights.itemsize
+        return {f"loading, at most: a shard in each of {processes} processes": processes * shard}
+    if engine.kind == "fsdp":
+        return {"loading: the model in the first process of a host": whole}
+    if engine.kind == "zero3":
+        # Only rank 0 reads values, in the checkpoint's dtype, and fuses one layer's at a time.
+        read = (sizes.model + sizes.tensor) * torch.bfloat16.itemsize
+        return {"loading: the checkpoint in the first process of all": read}
+    each = f" in each of {processes} processes" if processes > 1 else ""
+    return {f"loading: the model{each}": processes * whole}
+
+
+def _is_offloaded(settings: Mapping[str, Any]) -> bool:
+    return settings.get("offload_optimizer", {}).get("device", "none") == "cpu"
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,111 @@
+"""Weights and optimizer of a model made of DTensors, saved and restored shard by shard.
+
+Serves accelerate's FSDP2 and transformers' native FSDP2 with expert parallelism alike: torch's
+distributed checkpoint describes every shard by its place in the whole tensor, so that one layout's
+checkpoint loads into another (world size, ep_size). transformers has the functions
+(`transformers/distributed/checkpoint.py`), but its Trainer refuses to use them.
+
+The weights of a checkpoint are either shards (`weights/`, a safetensors file per process) or, with
+accelerate's FULL_STATE_DICT, a hub model that vLLM and transformers load. The optimizer stays in
+shards always: gathered it would be 244 GB for the 30B model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from qwen3_sft.checkpoint import CheckpointError
+from qwen3_sft.model import load_strict
+
+WEIGHTS, OPTIMIZER = "weights", "optimizer"
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """Write this process's shards to `folder/weights`; collective."""
+    from transformers.distributed.checkpoint import _save_model_checkpoint_distributed
+
+    _save_model_checkpoint_distributed(model, folder / WEIGHTS)
+
+
+def load_sharded_weights(model: Any, folder: Path) -> None:
+    """Restore the weights of `folder`, shards or a hub model, into a live model; collective.
+
+    Raises:
+        CheckpointError: the files hold other parameters than the model.
+    """
+    from transformers.distributed.checkpoint import _load_model_checkpoint_distributed
+
+    if not (folder / WEIGHTS).is_dir():
+        _load_hub_model(model, folder)
+        return
+    saved, live = saved_names(folder), {_plain(name) for name in model.state_dict()}
+    if saved != live:
+        differing = sorted(saved ^ live)
+        raise CheckpointError(f"{folder}: the live model differs in {', '.join(differing[:5])}")
+    _load_model_checkpoint_distributed(model, folder / WEIGHTS)
+
+
+def saved_names(folder: Path) -> set[str]:
+    """Return the names of the parameters in `folder/weights`."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    metadata = HuggingFaceStorageReader(str(folder / WEIGHTS)).read_metadata()
+    return set(metadata.state_dict_metadata)
+
+
+def _load_hub_model(model: Any, folder: Path) -> None:
+    """Read the whole model on rank 0 and hand every process its shards."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    whole = load_strict(folder, dtype=model.dtype).state_dict() if first else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+    set_model_state_dict(model, whole, options=options)
+
+
+def save_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
+    """Write this process's part of the optimizer state to `folder/optimizer`; collective."""
+    from transformers.distributed.checkpoint import save_optimizer_distributed
+
+    save_optimizer_distributed(model, optimizer, str(folder / OPTIMIZER))
+
+
+def load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
+    """Restore it, whatever number of processes wrote it; collective.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from transformers.distributed.checkpoint import load_optimizer_distributed
+
+    if not (folder / OPTIMIZER).is_dir():
+        raise CheckpointError(f"{folder / OPTIMIZER}: missing, cannot resume from here")
+    load_optimizer_distributed(model, optimizer, str(folder / OPTIMIZER))
+
+
+def load_scheduler(scheduler: Any, path: Path) -> None:
+    """Restore a learning rate schedule whose optimizer may have other groups than the saved one.
+
+    One group per device mesh is made, so their number depends on the layout; every list with one
+    entry per group is kept as it was created. The schedule itself depends on the step alone.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing, cannot resume from here")
+    saved = torch.load(path, weights_only=True)
+    fresh = scheduler.state_dict()
+    saved |= {key: fresh[key] for key in ("base_lrs", "lr_lambdas") if key in fresh}
+    if "_last_lr" in fresh:
+        saved["_last_lr"] = saved["_last_lr"][:1] * len(fresh["_last_lr"])
+    scheduler.load_state_dict(saved)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_checkpoint_wrapped_module.", "")

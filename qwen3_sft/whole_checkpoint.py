@@ -1,0 +1,50 @@
+"""Read a checkpoint of any engine as one whole model, in one process without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from qwen3_sft.checkpoint import CheckpointError, load_whole_state, verify
+from qwen3_sft.model import load_strict
+from qwen3_sft.sharded_checkpoint import WEIGHTS, load_sharded_weights
+
+
+def load_checkpoint(folder: Path) -> PreTrainedModel:
+    """Return the model of a verified checkpoint, on the CPU.
+
+    Memory: one copy of the weights, and for DeepSpeed's float32 shards a second one.
+
+    Raises:
+        CheckpointError: damaged, or written by DeepSpeed, which is not installed.
+        ModelError: the files do not fit the model.
+    """
+    layout = verify(folder).get("layout", "whole")
+    if layout == "zero":
+        return _load_zero(folder)
+    if layout == "dtensor" and (folder / WEIGHTS).is_dir():
+        model = _empty_model(folder)
+        load_sharded_weights(model, folder)
+        return model
+    return load_strict(folder)
+
+
+def _empty_model(folder: Path) -> Any:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with no_init_weights():
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _load_zero(folder: Path) -> PreTrainedModel:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise CheckpointError(f"{folder} was saved by DeepSpeed; to read it: pip install deepspeed")
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    model = _empty_model(folder)
+    saved: Any = get_fp32_state_dict_from_zero_checkpoint(str(folder))
+    load_whole_state(model, saved, folder)
+    return model

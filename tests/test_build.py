@@ -1,0 +1,14 @@
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+
+from qwen3_sft.build import set_fsdp_precision
+
+
+def test_fsdp_of_accelerate_sums_gradients_in_float32_and_returns_the_loss_uncast():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.reduce_dtype == torch.bfloat16, "no longer needed"
+    set_fsdp_precision(plugin)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert policy.output_dtype is None

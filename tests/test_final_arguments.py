@@ -1,0 +1,62 @@
+import pytest
+
+from qwen3_sft.engine import Engine
+from qwen3_sft.final_arguments import final_arguments
+from qwen3_sft.recipe import UsageError, parse_options
+
+
+def arguments(tmp_path, *words, engine="single"):
+    least = ["--model_name_or_path", "m", "--dataset", "d", "--output_dir", str(tmp_path)]
+    options = parse_options([*least, "--use_cpu", "true", *words])
+    return final_arguments(options, Engine(engine), has_eval=False)
+
+
+def test_global_batch_size_sets_the_accumulation(tmp_path):
+    args = arguments(tmp_path, "--global_batch_size", "12", "--per_device_train_batch_size", "3")
+    assert args.gradient_accumulation_steps == 4
+
+
+def test_without_it_the_accumulation_is_as_given(tmp_path):
+    assert (
+        arguments(tmp_path, "--gradient_accumulation_steps", "5").gradient_accumulation_steps == 5
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_step_has_as_many_rows_on_any_number_of_processes(monkeypatch, world_size):
+    from qwen3_sft.final_arguments import _accumulate
+
+    values = {
+        "global_batch_size": 16, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    _accumulate(values, world_size)
+    assert values["gradient_accumulation_steps"] * 2 * world_size == 16
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--global_batch_size", "7", "--per_device_train_batch_size", "3"),
+            r"--global_batch_size 7 is not a multiple of 3 rows \(1 processes x .* 3\); "
+            "the nearest are 6 and 9",
+        ),
+        (("--global_batch_size", "0"), "--global_batch_size 0 is not a multiple"),
+        (("--global_batch_size", "4", "--gradient_accumulation_steps", "2"), "both set"),
+        (("--eval_strategy", "steps"), "without evaluation data"),
+        (("--early_stopping_patience", "2"), "needs --load_best_model_at_end"),
+    ],
+)
+def test_refused(tmp_path, words, message):
+    with pytest.raises(UsageError, match=message):
+        arguments(tmp_path, *words)
+
+
+def test_deepspeed_is_not_switched_off_in_silence(tmp_path):
+    with pytest.raises(UsageError, match="--use_cpu true would switch DeepSpeed off"):
+        arguments(tmp_path, engine="zero3")
+
+
+def test_low_bit_optimizers_are_refused_on_sharded_weights(tmp_path):
+    with pytest.raises(UsageError, match="--optim adamw_torch_8bit is not tested on sharded"):
+        arguments(tmp_path, "--optim", "adamw_torch_8bit", engine="native")

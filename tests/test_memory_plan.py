@@ -1,0 +1,126 @@
+"""The memory plan against a real optimizer step and against arithmetic on the 30B model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3MoeForCausalLM
+
+from qwen3_sft.demo.model import tiny_config
+from qwen3_sft.dry_run import known_config, model_on_meta
+from qwen3_sft.engine import Engine
+from qwen3_sft.memory_plan import GIB, Plan, memory_plan
+from tests.source_tree import ROOT
+
+PARAMETERS = 30_532_122_624
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = known_config("Qwen/Qwen3-30B-A3B")
+    assert config is not None
+    return model_on_meta(config)
+
+
+def deepspeed(name: str) -> dict:
+    return json.loads((ROOT / f"config/deepspeed/{name}.json").read_text(encoding="utf-8"))
+
+
+def planned(model: Any, engine: Engine, world_size: int = 8, **kwargs: Any) -> Plan:
+    weights = BF16 if engine.layout == "zero" else FP32
+    return memory_plan(
+        model, engine, weights=weights, compute=BF16, world_size=world_size, gpus_per_node=8,
+        **kwargs,
+    )  # fmt: skip
+
+
+def test_one_process_needs_what_a_real_step_allocates():
+    config = tiny_config(512)
+    real = Qwen3MoeForCausalLM(config)
+    optimizer = torch.optim.AdamW(real.parameters())
+    real(input_ids=torch.arange(64)[None], labels=torch.arange(64)[None]).loss.backward()
+    for parameter in real.parameters():  # an expert without a token has no gradient yet
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    optimizer.step()
+
+    def size(tensors) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    states = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    gpu = memory_plan(model_on_meta(config), Engine("single"), weights=FP32, compute=FP32).gpu
+    assert gpu == {
+        "weights": size(real.parameters()),
+        "gradients": size(p.grad for p in real.parameters()),
+        "optimizer (AdamW, two states)": size(states),
+    }
+
+
+@pytest.mark.parametrize(
+    ("engine", "file", "bytes_per_parameter"),
+    [
+        (Engine("single"), None, 16),
+        (Engine("ddp"), None, 20),
+        (Engine("native", 8), None, 16 / 8),
+        (Engine("native", 4, 1, 2), None, 16 / 4),
+        (Engine("native", 8, 4), None, 16 / 8),
+        (Engine("fsdp"), None, 16 / 8),
+        (Engine("zero2"), "zero2", 2 + (2 + 4 + 8) / 8),
+        (Engine("zero3"), "zero3", 18 / 8),
+        (Engine("zero3"), "zero3_offload", 2 / 8),
+    ],
+    ids=str,
+)
+def test_bytes_that_stay(model, engine, file, bytes_per_parameter):
+    """Of weights, gradients, master weights and optimizer; the rest exists for a moment."""
+    plan = planned(model, engine, deepspeed=deepspeed(file) if file else None)
+    lasting = ("weights", "gradients, 1", "float32 master", "optimizer", "buckets of DDP")
+    rows = {k: v for k, v in plan.gpu.items() if k.startswith(lasting) or k == "gradients"}
+    assert sum(rows.values()) == pytest.approx(PARAMETERS * bytes_per_parameter, rel=1e-6)
+
+
+def test_what_exists_for_a_moment(model):
+    layer, head, experts = 623_120_640, 311_164_928, 603_979_776
+    gathered = "two layers and the head, gathered"
+    moving = "gradients of one layer on their way"
+    native = planned(model, Engine("native", 8)).gpu
+    assert native[gathered] == (2 * layer + head) * 2
+    assert native[moving] == layer * (2 + 4)
+    spread = planned(model, Engine("native", 8, 4)).gpu
+    assert spread[gathered] == (2 * (layer - experts * 3 // 4) + head) * 2
+    assert planned(model, Engine("fsdp")).gpu[moving] == layer * (2 + 2)
+    zero3 = planned(model, Engine("zero3"), deepspeed=deepspeed("zero3")).gpu
+    assert zero3[gathered] == native[gathered]
+    assert zero3["float32 gradients of the update"] == 250_000_000 * 4
+    zero2 = planned(model, Engine("zero2"), deepspeed=deepspeed("zero2")).gpu
+    assert zero2["float32 gradients of the update"] == PARAMETERS // 8 * 4
+    assert zero2["buckets of DeepSpeed"] == 2 * 500_000_000 * 2
+
+
+def test_replicas_do_not_shrink_a_shard(model):
+    flat = planned(model, Engine("native", 16), 16)
+    hybrid = planned(model, Engine("native", 8, 1, 2), 16)
+    one_node = planned(model, Engine("native", 8), 8)
+    assert hybrid.gpu == one_node.gpu
+    assert (flat.shards, hybrid.shards) == (16, 8)
+    assert flat.gpu_gib < hybrid.gpu_gib
+    # accelerate's FSDP is told by its own variables
+    assert planned(model, Engine("fsdp"), 16, shards=8).gpu == planned(model, Engine("fsdp")).gpu
+
+
+def test_host_memory(model):
+    def host(engine: Engine, file: str | None = None) -> float:
+        plan = planned(model, engine, deepspeed=deepspeed(file) if file else None)
+        return plan.host_gib * GIB / PARAMETERS
+
+    assert host(Engine("ddp")) == pytest.approx(8 * 4)  # every process reads all
+    assert host(Engine("native", 8)) == pytest.approx(4)  # eight shards
+    assert host(Engine("fsdp")) == pytest.approx(4)  # the first process
+    assert host(Engine("zero2"), "zero2") == pytest.approx(8 * 2)
+    # The checkpoint, and one tensor fused from its experts.
+    assert host(Engine("zero3"), "zero3") == pytest.approx(2 * (1 + 402_653_184 / PARAMETERS))
+    offloaded = host(Engine("zero3"), "zero3_offload") - host(Engine("zero3"), "zero3")
+    assert offloaded == pytest.approx(8 + 4 + 4 + 2)
