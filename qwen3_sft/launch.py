@@ -35,7 +35,8 @@ def launch(argv: list[str]) -> int:
         command = launch_command(argv, choice)
         logger.info("launch: %s (%s)", choice.config, choice.reason)
         if os.environ.get("DRY_RUN") == "1":
-            return _dry_run(argv, choice, command)
+            logger.info("command: %s", shlex.join(command))
+            return show_plan([*argv, *choice.run_flags], launch_environment(choice))
         prepare_deepspeed(argv, choice)
     except ValueError as error:
         from qwen3_sft.recipe import UsageError  # late: it imports transformers
@@ -71,12 +72,17 @@ def _machine() -> tuple[int, float | None]:
     return gpus, torch.cuda.get_device_properties(0).total_memory / 2**30
 
 
-def _dry_run(argv: list[str], choice: Choice, command: list[str]) -> int:
+def show_plan(argv: list[str], environment: Mapping[str, str]) -> int:
+    """Print what a run would do; return its exit code.
+
+    Args:
+        argv: options of the run.
+        environment: what its processes would find.
+    """
     from qwen3_sft.train import main
 
-    logger.info("command: %s", shlex.join(command))
-    with _environment(launch_environment(choice)):
-        return main([*argv, *choice.run_flags, "--dry_run", "true"])
+    with _environment(environment):
+        return main([*argv, "--dry_run", "true"])
 
 
 def prepare_deepspeed(argv: list[str], choice: Choice) -> None:

@@ -74,6 +74,8 @@ def choose(
     if named := environment.get("ACCELERATE_CONFIG"):
         deepspeed = deepspeed_file(named)
         flags = ["--deepspeed_config_file", str(deepspeed)] if deepspeed else []
+        if gpus_per_node and _is_shipped_for_several(Path(named)):
+            flags += ["--num_processes", str(gpus_per_node * nodes)]
         return Choice(Path(named), flags, [], "as ACCELERATE_CONFIG says")
     world_size = gpus_per_node * nodes
     if world_size <= 1:
@@ -86,6 +88,13 @@ def choose(
     else:
         run_flags, reason = _sharding(options, gpus_per_node, nodes, gpu_memory_gib)
     return Choice(CONFIG / "ddp.json", ["--num_processes", str(world_size)], run_flags, reason)
+
+
+def _is_shipped_for_several(launch_file: Path) -> bool:
+    """Whether the number of processes in a file is our guess of eight, not its owner's choice."""
+    is_ours = launch_file.expanduser().resolve().parent == CONFIG.resolve()
+    config = _read(launch_file)
+    return is_ours and config["distributed_type"] != "NO" and config["num_machines"] == 1
 
 
 def deepspeed_file(launch_file: str | Path) -> Path | None:

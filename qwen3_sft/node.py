@@ -22,7 +22,7 @@ import psutil
 
 from qwen3_sft.accelerate_environment import accelerate_environment
 from qwen3_sft.cluster import Cluster, read_cluster
-from qwen3_sft.launch import prepare_deepspeed
+from qwen3_sft.launch import prepare_deepspeed, show_plan
 from qwen3_sft.launch_choice import CONFIG, Choice, choose
 from qwen3_sft.recipe import UsageError, help_text, parse_options
 
@@ -73,7 +73,11 @@ def launch_node(argv: list[str]) -> int:
     if os.environ.get("DRY_RUN") == "1":
         for name, value in sorted(changed.items()):
             logger.info("environment: %s=%s", name, value)
-        return 0
+        sizes = {
+            "WORLD_SIZE": str(cluster.processes),
+            "LOCAL_WORLD_SIZE": str(cluster.processes_per_node),
+        }
+        return show_plan([*argv, *choice.run_flags], changed | sizes)
     prepare_deepspeed(argv, choice)
     with tempfile.TemporaryDirectory() as folder:
         exit_file = Path(folder) / "exit_code"

@@ -108,7 +108,7 @@ def test_wrong_options_are_refused_before_anything_starts():
 
 def test_launch_file_of_the_user_wins():
     choice = chosen(environment={"ACCELERATE_CONFIG": str(CONFIG / "fsdp.json")})
-    assert (choice.config.name, choice.accelerate_flags, choice.run_flags) == ("fsdp.json", [], [])
+    assert (choice.config.name, choice.run_flags) == ("fsdp.json", [])
     with pytest.raises(UsageError, match="no such file"):
         chosen(environment={"ACCELERATE_CONFIG": "nowhere.json"})
 
@@ -177,3 +177,24 @@ def test_dry_run_plans_the_engine_that_would_run(monkeypatch, our_logging, tmp_p
     monkeypatch.setenv("ACCELERATE_CONFIG", str(tmp_path / "nowhere.json"))
     assert launch(LARGE) == 2
     assert "nowhere.json: no such file" in our_logging.readouterr().out
+
+
+def test_a_shipped_launch_file_takes_the_gpus_that_are_there(tmp_path):
+    """Eight processes is our guess; in a file of the user's own the number is meant."""
+    shipped = CONFIG / "fsdp.json"
+    own = tmp_path / "own.json"
+    own.write_text(shipped.read_text(encoding="utf-8"), encoding="utf-8")
+
+    def flags(file, gpus):
+        return choose(
+            DEMO,
+            gpus_per_node=gpus,
+            gpu_memory_gib=80.0,
+            environment={"ACCELERATE_CONFIG": str(file)},
+        ).accelerate_flags
+
+    assert flags(shipped, 4) == ["--num_processes", "4"]
+    assert flags(shipped, 0) == []
+    assert flags(own, 4) == []
+    assert flags(CONFIG / "single.json", 4) == []
+    assert flags(CONFIG / "hsdp.json", 4) == [], "its shards and replicas are counted in the file"
