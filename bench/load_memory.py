@@ -19,7 +19,7 @@ class Resident:
     """Bytes in physical memory.
 
     Attributes:
-        anonymous: the process's own, shared memory included; only the end of it frees them.
+        anonymous: the process's own, shared memory included; only it can free them.
         file: pages of mapped files, which the kernel drops when it needs the room.
         peak: the most that both were together, as the kernel counted it since `reset_peak`.
     """
@@ -78,18 +78,22 @@ class Growth:
 
 
 class PeakMemory:
-    """Sample this process's memory inside a `with`, in a thread; `growth` holds the result."""
+    """Sample this process's memory inside a `with`, in a thread; `growth` holds the result.
 
-    def __init__(self) -> None:
-        """Measure nothing yet."""
+    Args:
+        start: what counts as zero; by default what there is when the `with` begins.
+    """
+
+    def __init__(self, start: Resident | None = None) -> None:
         self.growth = Growth()
+        self.start = start or Resident.now()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Self:
-        """Take the present as zero."""
+        """Begin."""
         CLEAR_REFS.write_text("5", encoding="ascii")  # VmHWM starts anew
-        self._start, self._began = Resident.now(), time.perf_counter()
+        self._began = time.perf_counter()
         self._thread.start()
         return self
 
@@ -103,7 +107,7 @@ class PeakMemory:
         self._done.set()
         self._thread.join()
         end = self._add(Resident.now())
-        growth, start = self.growth, self._start
+        growth, start = self.growth, self.start
         growth.anonymous_after = end.anonymous - start.anonymous
         growth.file_after = end.file - start.file
         growth.total_by_kernel = end.peak - start.anonymous - start.file
@@ -114,7 +118,7 @@ class PeakMemory:
             self._add(Resident.now())
 
     def _add(self, now: Resident) -> Resident:
-        growth, start = self.growth, self._start
+        growth, start = self.growth, self.start
         anonymous, file = now.anonymous - start.anonymous, now.file - start.file
         growth.anonymous = max(growth.anonymous, anonymous)
         growth.file = max(growth.file, file)

@@ -184,8 +184,30 @@ class TrainArguments(TrainingArguments):
         default=None,
         metadata={"help": "load-balancing loss; default: the model config's; 0 switches it off"},
     )
+    activation_checkpointing_policy: Literal["full", "selective"] = field(
+        default="full",
+        metadata={
+            "help": "with --activation_checkpointing: full keeps a layer's input alone; selective "
+            "also attention, its projection, the experts' output and the routing"
+        },
+    )
     max_bad_steps: int = field(
         default=3, metadata={"help": "non-finite steps in a row that stop the run"}
+    )
+    optimizer_in_backward: bool = field(
+        default=False,
+        metadata={
+            "help": "update each weight and free its gradient within the backward pass; one "
+            "process, no accumulation, and --clip per_tensor or delayed"
+        },
+    )
+    clip: Literal["global", "delayed", "per_tensor"] = field(
+        default="global",
+        metadata={
+            "help": "what max_grad_norm holds: the norm of all gradients; with "
+            "--optimizer_in_backward each tensor's (per_tensor), or all by the norm of the step "
+            "before (delayed)"
+        },
     )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "evaluations without improvement that stop the run"}

@@ -30,6 +30,7 @@ from qwen3_sft.metrics import StepLines
 from qwen3_sft.packing import PackedDataset
 from qwen3_sft.recipe import UsageError
 from qwen3_sft.run_folder import RunFolder, versions
+from qwen3_sft.selective_checkpointing import enable_selective_checkpointing
 from qwen3_sft.trainer import SftTrainer
 
 logger = logging.getLogger(__name__)
@@ -89,9 +90,12 @@ def build_trainer(
     _check_engine(trainer, engine)
     if engine.kind == "fsdp" and args.bf16:
         set_fsdp_precision(trainer.accelerator.state.fsdp_plugin)
+    if args.activation_checkpointing and args.activation_checkpointing_policy == "selective":
+        enable_selective_checkpointing(model)
+        args.activation_checkpointing = False  # the Trainer would put its own in place
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, CompletionCallback | IsolationCallback):
+        if isinstance(callback, CompletionCallback | StartCallback):
             callback.trainer = trainer
     return trainer
 
@@ -135,7 +139,7 @@ def _callbacks(
 ) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [
         EpochCallback(train_rows),
-        IsolationCallback(data.max_length, tokenizer.pad_token_id),
+        StartCallback(data.max_length, tokenizer.pad_token_id),
     ]
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
@@ -177,8 +181,28 @@ def set_fsdp_precision(plugin: Any) -> None:
     )
 
 
-class IsolationCallback(TrainerCallback):
-    """Prove on the first row that packed documents do not see each other, before any step."""
+def check_optimizer(model: torch.nn.Module, optimizer: Any) -> None:
+    """Raise unless the optimizer holds exactly the parameters that the model trains.
+
+    Sharding replaces parameters, and accelerate carries them over to the optimizer by address: with
+    two at one address, as on the meta device, training goes on and is wrong.
+
+    Raises:
+        RuntimeError: naming up to five parameters.
+    """
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    missing = [name for key, name in trained.items() if key not in set(held)]
+    if missing or len(held) != len(trained):
+        raise RuntimeError(
+            f"the optimizer holds {len(held)} parameters, the model trains {len(trained)}; not "
+            f"among them: {', '.join(missing[:5]) or 'none, but some twice'}. This is a bug of the "
+            "sharding set-up: please report it with the run's environment.json"
+        )
+
+
+class StartCallback(TrainerCallback):
+    """Prove before any step that it trains the model at hand, and that documents do not mix."""
 
     def __init__(self, max_length: int, pad_token_id: int) -> None:
         """Remember the row's shape; `trainer` is set by the caller once it exists."""
@@ -189,8 +213,11 @@ class IsolationCallback(TrainerCallback):
         """Check on every rank: where weights are sharded a forward is collective.
 
         Raises:
+            RuntimeError: the optimizer holds other parameters than the model.
             LeakError: documents see each other.
         """
+        if self.trainer.engine.layout != "zero":  # DeepSpeed's holds flat copies
+            check_optimizer(self.trainer.model, self.trainer.optimizer)
         report = check_isolation(
             self.trainer.model, self.trainer.first_row(), self.max_length, self.pad_token_id,
             autocast=torch.bfloat16 if args.bf16 else None,

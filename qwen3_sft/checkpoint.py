@@ -169,23 +169,50 @@ def local_part(parameter: Tensor) -> Tensor:
     return getattr(parameter, "ds_tensor", parameter)  # DeepSpeed's name for its partition
 
 
-def check_resumable(manifest: dict[str, Any], layout: str, world_size: int, folder: Path) -> None:
-    """Refuse a checkpoint that this engine or number of processes cannot read.
+def check_resumable(
+    manifest: dict[str, Any],
+    layout: str,
+    world_size: int,
+    folder: Path,
+    rows_per_step: int | None = None,
+) -> None:
+    """Refuse a checkpoint that this run cannot read, or that it would not go on from.
+
+    Args:
+        manifest: of the checkpoint.
+        layout: how this run's weights lie.
+        world_size: its processes.
+        folder: the checkpoint, for the message.
+        rows_per_step: packed rows of its steps. The position in the data and in the learning rate
+            schedule is counted in steps. None does not look.
 
     Raises:
         CheckpointError: saying what it was written with and what to launch instead.
     """
+    anew = "export it (qwen3-sft export) and start a new run from the export"
     saved_layout = manifest.get("layout", "whole")
     if saved_layout != layout:
         raise CheckpointError(
             f"{folder} was saved under {_LAYOUTS[saved_layout]}, this run uses {_LAYOUTS[layout]}: "
-            "launch as before, or export it (qwen3-sft export) and start a new run from the export"
+            f"launch as before, or {anew}"
+        )
+    if manifest.get("save_only_model", False):
+        raise CheckpointError(
+            f"{folder} was saved with --save_only_model true and holds no optimizer: {anew}, or "
+            "set --resume to an older checkpoint that holds one"
         )
     if layout == "zero" and manifest["world_size"] != world_size:
         raise CheckpointError(
             f"{folder} was saved by {manifest['world_size']} processes, there are {world_size}: a "
             "DeepSpeed checkpoint keeps its number; launch as many, or use --fsdp_size, whose "
             "checkpoints load on any"
+        )
+    saved_rows = manifest.get("rows_per_step", rows_per_step)
+    if rows_per_step is not None and saved_rows != rows_per_step:
+        raise CheckpointError(
+            f"{folder} was saved after steps of {saved_rows} rows, this run's have "
+            f"{rows_per_step}: some rows would be trained twice or never. Set --global_batch_size "
+            f"{saved_rows}, or {anew}"
         )
 
 

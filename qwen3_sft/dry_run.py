@@ -17,6 +17,9 @@ from transformers import (
 )
 
 import monkey_patch
+from monkey_patch.kernels.linear_cross_entropy.op import CHUNK_TOKENS
+from qwen3_sft.activation_plan import Policy, activation_plan
+from qwen3_sft.args import EXPERT_PATCHES
 from qwen3_sft.demo.build import NAME as DEMO
 from qwen3_sft.demo.build import VOCAB_SIZE
 from qwen3_sft.demo.model import tiny_config
@@ -109,6 +112,30 @@ def _memory(
     has_gpu = torch.cuda.is_available()
     total = torch.cuda.get_device_properties(0).total_memory / GIB if has_gpu else None
     yield from plan.lines(total)
+    yield from _activations(model, options, engine, compute)
+
+
+def _activations(
+    model: PreTrainedModel, options: Options, engine: Engine, compute: torch.dtype
+) -> Iterator[str]:
+    """Say what a micro-batch keeps, where our experts and attention compute it."""
+    experts = options.model.experts_implementation
+    if experts not in EXPERT_PATCHES:
+        yield f"activations: not counted for --experts_implementation {experts}"
+        return
+    values = options.train_values
+    policy: Policy = values["activation_checkpointing_policy"]
+    policy = policy if values["activation_checkpointing"] else "none"
+    residual = _weights(options, engine, compute) if engine.layout == "whole" else compute
+    plan = activation_plan(
+        model.config.get_text_config(),
+        policy,
+        compute_bytes=compute.itemsize,
+        residual_bytes=residual.itemsize,
+        keeps_hidden=experts == "scatter_moe" and policy != "selective",
+        chunk_tokens=CHUNK_TOKENS,
+    )
+    yield from plan.lines(values["per_device_train_batch_size"] * options.data.max_length)
 
 
 def _weights(options: Options, engine: Engine, compute: torch.dtype) -> torch.dtype:

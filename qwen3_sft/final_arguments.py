@@ -49,15 +49,24 @@ def final_arguments(options: Options, engine: Engine, *, has_eval: bool) -> Trai
     _accumulate(values, int(os.environ.get("WORLD_SIZE", "1")))
     _default_evaluation(values, has_eval=has_eval)
     _check_engine(values, engine)
+    _check_backward_optimizer(values, engine)
+    if engine.kind == "single" and options.model.dtype == "bfloat16":
+        _round_stochastically(values)
+    _match_experts(options)
     args = options.train_arguments()
     if args.n_gpu > 1:
         raise UsageError(
             f"{args.n_gpu} GPUs are visible to one process: launch with config/ddp.json, or choose "
             "one with CUDA_VISIBLE_DEVICES=0"
         )
-    if options.model.dtype == "bfloat16" and engine.layout != "zero":
+    if (
+        options.model.dtype == "bfloat16"
+        and engine.layout != "zero"
+        and not _rounds_stochastically(values)
+    ):
         logger.warning(
-            "weights in bfloat16: AdamW's small updates are rounded away; --dtype auto keeps them"
+            "weights in bfloat16: small updates are rounded away; --dtype auto keeps them, and so "
+            "does --optim adamw_torch_8bit in one process, which rounds stochastically"
         )
     set_seed(args.seed)
     return args
@@ -108,6 +117,25 @@ def _default_evaluation(values: dict[str, Any], *, has_eval: bool) -> None:
         raise UsageError("--early_stopping_patience needs --load_best_model_at_end true")
 
 
+def _match_experts(options: Options) -> None:
+    """Selective checkpointing keeps the experts' output, so their first product must not be kept.
+
+    Raises:
+        UsageError: the policy is set and checkpointing is off.
+    """
+    values = options.train_values
+    if values["activation_checkpointing_policy"] != "selective":
+        return
+    if not values["activation_checkpointing"]:
+        raise UsageError(
+            "--activation_checkpointing_policy selective does nothing without "
+            "--activation_checkpointing true"
+        )
+    if options.model.experts_implementation == "scatter_moe":
+        options.model.experts_implementation = "scatter_moe_recompute"
+        logger.info("experts: scatter_moe_recompute, which selective checkpointing needs")
+
+
 def _check_engine(values: dict[str, Any], engine: Engine) -> None:
     """Refuse what an engine would ignore or fail on much later.
 
@@ -122,7 +150,73 @@ def _check_engine(values: dict[str, Any], engine: Engine) -> None:
                 "--use_cpu true would switch DeepSpeed off in silence; set the environment "
                 "variable DS_ACCELERATOR=cpu instead and leave --use_cpu out"
             )
-    if engine.shards_weights and "8bit" in str(values["optim"]):
+        if values["save_only_model"]:
+            raise UsageError(
+                "--save_only_model true: DeepSpeed's checkpoints hold the weights in the parts of "
+                "its optimizer; leave it out, the final model is exported without the optimizer"
+            )
+    optimizer = str(values["optim"])
+    if engine.shards_weights and ("8bit" in optimizer or "adafactor" in optimizer):
         raise UsageError(
-            f"--optim {values['optim']} is not tested on sharded weights; use adamw_torch_fused"
+            f"--optim {optimizer} is not tested on sharded weights; use adamw_torch_fused"
         )
+
+
+# Optimizers whose step may run within the backward pass (backward_optimizer.py).
+_IN_BACKWARD = (
+    "adamw_torch_8bit", "adamw_torch_4bit", "adafactor", "adamw_torch", "adamw_torch_fused",
+)  # fmt: skip
+
+
+def _check_backward_optimizer(values: dict[str, Any], engine: Engine) -> None:
+    """Refuse what an update within the backward pass cannot do.
+
+    Raises:
+        UsageError: naming the option and what to use instead.
+    """
+    clip, max_norm = values["clip"], values["max_grad_norm"]
+    if not values["optimizer_in_backward"]:
+        if clip != "global":
+            raise UsageError(f"--clip {clip} is for --optimizer_in_backward true; leave it out")
+        return
+    name = "--optimizer_in_backward true"
+    if engine.kind != "single":
+        raise UsageError(
+            f"{name} is for one process and this is {engine}: launch with config/single.json, or "
+            "leave it out, since shards of gradients take little room"
+        )
+    if values["gradient_accumulation_steps"] != 1:
+        raise UsageError(
+            f"{name} updates after every micro-batch, so gradient_accumulation_steps "
+            f"{values['gradient_accumulation_steps']} cannot be: set "
+            "--per_device_train_batch_size instead, or keep full gradients with --optim adafactor "
+            "and without --optimizer_in_backward"
+        )
+    if clip == "global" and max_norm > 0:
+        raise UsageError(
+            f"{name} cannot clip by the norm of all gradients, which is known only after the "
+            f"last update (--clip global, --max_grad_norm {max_norm}): set --clip per_tensor or "
+            "--clip delayed, or --max_grad_norm 0; for the exact clip keep full gradients with "
+            "--optim adafactor and without --optimizer_in_backward"
+        )
+    if values["fp16"]:
+        raise UsageError(f"{name} has no loss scaling: set --bf16 true instead of --fp16")
+    optim = str(getattr(values["optim"], "value", values["optim"]))
+    if optim not in _IN_BACKWARD:
+        raise UsageError(f"{name} does not know --optim {optim}: use one of {list(_IN_BACKWARD)}")
+
+
+def _round_stochastically(values: dict[str, Any]) -> None:
+    """Turn on torchao's stochastic rounding; off, its default, bf16 weights lose most updates."""
+    optim, given = str(getattr(values["optim"], "value", values["optim"])), values["optim_args"]
+    is_low_bit = optim in ("adamw_torch_8bit", "adamw_torch_4bit")
+    if is_low_bit and "bf16_stochastic_round" not in str(given):
+        values["optim_args"] = ",".join(filter(None, [given, "bf16_stochastic_round=True"]))
+        logger.info("weights in bfloat16: rounded stochastically (%s)", values["optim_args"])
+
+
+def _rounds_stochastically(values: dict[str, Any]) -> bool:
+    optim = str(getattr(values["optim"], "value", values["optim"]))
+    if values["optimizer_in_backward"] and optim == "adafactor":
+        return True
+    return "bf16_stochastic_round=true" in str(values["optim_args"]).lower()

@@ -10,7 +10,8 @@ the processes that share one copy:
     zero3          (2 + 4 + 4 + 8) / N; offloaded, all but the weights are on the host
 
 On top comes what exists for a moment: layers gathered from their shards, gradients on their way
-into shards. The host needs most while weights are read (transformers 5.23, `from_pretrained`).
+into shards. The host needs most while weights are read (transformers 5.23, `from_pretrained`), for
+which bench/results/load_memory_cpu.json has measurements.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Plan:
         parameters: of the whole model.
         shards: processes that share one copy of what the engine shards.
         gpu: bytes on each GPU.
-        host: bytes on each host, while loading or training.
+        host: bytes on each host, while loading or training; not all of it at the same time.
     """
 
     parameters: int
@@ -50,7 +51,7 @@ class Plan:
 
     @property
     def host_gib(self) -> float:
-        """The total on each host in GiB."""
+        """All rows of a host in GiB, which it needs at most."""
         return sum(self.host.values()) / GIB
 
     def lines(self, gpu_memory_gib: float | None = None) -> Iterator[str]:
@@ -130,7 +131,7 @@ def memory_plan(
             gpu = _whole(sizes, engine, weights, compute)
         else:
             gpu = _sharded(sizes, engine, weights, compute, shards)
-    host = _loading(sizes, engine, weights, shards, min(gpus_per_node, world_size))
+    host = _loading(sizes, engine, weights, compute, shards, min(gpus_per_node, world_size))
     if is_offloaded:
         processes = min(gpus_per_node, world_size)
         host["offloaded optimizer, master weights and gradients"] = (
@@ -205,20 +206,33 @@ def _zero(
 
 
 def _loading(
-    sizes: Sizes, engine: Engine, weights: torch.dtype, shards: int, processes: int
+    sizes: Sizes,
+    engine: Engine,
+    weights: torch.dtype,
+    compute: torch.dtype,
+    shards: int,
+    processes: int,
 ) -> dict[str, int]:
-    whole = sizes.model * weights.itemsize
+    # What is read, and the two halves of the tensor that is being fused from its experts.
+    whole = (sizes.model + sizes.tensor) * weights.itemsize
+    each = f"each of {processes} processes" if processes > 1 else "the process"
     if engine.kind == "native":
-        shard = -(-sizes.model // shards) * weights.itemsize
-        return {f"loading, at most: a shard in each of {processes} processes": processes * shard}
+        # Straight to the GPU, slice by slice, cast on the way: read from the code, not measured.
+        slices = 2 * -(-sizes.end // shards) * weights.itemsize
+        return {f"loading: slices of embedding and head in {each}": processes * slices}
     if engine.kind == "fsdp":
         return {"loading: the model in the first process of a host": whole}
     if engine.kind == "zero3":
-        # Only rank 0 reads values, in the checkpoint's dtype, and fuses one layer's at a time.
-        read = (sizes.model + sizes.tensor) * torch.bfloat16.itemsize
-        return {"loading: the checkpoint in the first process of all": read}
-    each = f" in each of {processes} processes" if processes > 1 else ""
-    return {f"loading: the model{each}": processes * whole}
+        # Rank 0 fuses, in the checkpoint's dtype, what it finds in the files' pages.
+        fused = 2 * sizes.tensor * torch.bfloat16.itemsize
+        # Read from deepspeed 0.19.8, `defragment` in runtime/zero/utils.py, not measured.
+        flat = processes * -(-sizes.model // shards) * compute.itemsize
+        return {
+            "loading: a tensor fused from its experts in the first process of all": fused,
+            f"starting: DeepSpeed's flat copy of the shard in {each}": flat,
+        }
+    # Under ZeRO-2 DeepSpeed copies to the host once more if two copies do not fit on the GPU.
+    return {f"loading: the model in {each}": processes * whole}
 
 
 def _is_offloaded(settings: Mapping[str, Any]) -> bool:

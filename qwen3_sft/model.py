@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.distributed import DistributedConfig
+from transformers.distributed.fsdp import is_fsdp_enabled
+from transformers.distributed.utils import is_local_dist_rank_0
 from transformers.utils import (
     is_flash_attn_2_available,
     is_flash_attn_3_available,
@@ -25,6 +27,7 @@ from transformers.utils import (
 
 from qwen3_sft.args import EXPERT_PATCHES, ModelArguments
 from qwen3_sft.engine import Engine
+from qwen3_sft.host_memory import blocks_given_back, reserve_weights
 from qwen3_sft.logs import progress_bars
 
 logger = logging.getLogger(__name__)
@@ -180,8 +183,8 @@ def load_model(
     """Load the weights, with Liger's RMSNorm and RoPE on CUDA.
 
     Natively sharded and ZeRO-3 models come back as this process's shards. Under accelerate's FSDP
-    with cpu_ram_efficient_loading only the first process of a node holds weights. Those and plain
-    models are on the CPU.
+    with cpu_ram_efficient_loading only the first process of a node reads weights, in the others
+    they are unset and take no memory. Those and plain models are on the CPU.
 
     Liger's SwiGLU replacement stays off: it would bypass the experts registry silently. Its fused
     cross entropy stays off too: the `linear_cross_entropy` patch projects labelled positions only.
@@ -203,6 +206,10 @@ def load_model(
             # Gathers in bfloat16, reduces in float32.
             fsdp_mixed_precision=compute == torch.bfloat16,
         )
+    is_overwritten = engine.kind == "fsdp" and is_fsdp_enabled() and not is_local_dist_rank_0()
+    if is_overwritten:
+        # transformers 5.23 would read all weights here too, and accelerate throw them away.
+        kwargs["device_map"] = {"": "meta"}
     if options.experts_implementation not in EXPERT_PATCHES:
         kwargs["experts_implementation"] = options.experts_implementation
     use_liger = device.type == "cuda" if options.use_liger is None else options.use_liger
@@ -215,6 +222,9 @@ def load_model(
         loader = AutoLigerKernelForCausalLM
         kwargs |= {"swiglu": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
     model = load_strict(folder, loader, **kwargs)
+    if is_overwritten:
+        reserve_weights(model)
+        model.tie_weights()
     model.config.use_cache = False
     return model
 
@@ -225,7 +235,8 @@ def load_strict(folder: Path, loader: Any = AutoModelForCausalLM, **kwargs: Any)
     Raises:
         ModelError: naming up to five weights that are missing, unexpected or mismatched.
     """
-    with progress_bars(sum(f.stat().st_size for f in folder.glob("*.safetensors"))):
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    with progress_bars(size), blocks_given_back():
         model, info = loader.from_pretrained(folder, output_loading_info=True, **kwargs)
     problems = {
         "missing": sorted(info["missing_keys"]),

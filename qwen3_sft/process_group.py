@@ -9,6 +9,7 @@ looks, and torch's default for later groups is set to the same value.
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -19,6 +20,8 @@ from qwen3_sft.recipe import UsageError
 
 # Nodes prepare data and import at their own pace, which no timeout of a collective should count.
 _JOIN_AT_LEAST_S = 600
+# A failure that comes sooner is no waiting in vain.
+_AT_ONCE_S = 0.5
 
 
 class ProcessGroupError(RuntimeError):
@@ -86,6 +89,7 @@ def leave_process_group() -> None:
 def _meet(patience: timedelta) -> tuple[dist.Store, int, int]:
     """Wait until all processes reach the store; return it with rank and world size."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    began = time.monotonic()
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
         store = dist.PrefixStore("qwen3_sft", store)
@@ -94,6 +98,12 @@ def _meet(patience: timedelta) -> tuple[dist.Store, int, int]:
         store.wait(["all_arrived"], patience)
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        waited = time.monotonic() - began
+        if waited < _AT_ONCE_S:  # such as an address in use
+            raise ProcessGroupError(
+                f"rank {rank} cannot meet the others at {where}: {error}. If the port is in use, "
+                "set another MASTER_PORT (accelerate launch: --main_process_port)"
+            ) from error
         raise ProcessGroupError(
             f"rank {rank} waited {patience.total_seconds():.0f} s at {where} and not all of the "
             f"{world_size} processes came. Look for the first error on the other nodes. If they "

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import monkey_patch
-from qwen3_sft.args import DataArguments
+from qwen3_sft.args import DataArguments, TrainArguments
 from qwen3_sft.build import build_trainer
 from qwen3_sft.checkpoint import CheckpointError, check_resumable, read_manifest
 from qwen3_sft.completions import before_and_after
@@ -49,6 +49,7 @@ from qwen3_sft.run_folder import (
     versions,
 )
 from qwen3_sft.trainer import NonFiniteError, SftTrainer
+from qwen3_sft.trainer_checkpoint import rows_per_step
 from qwen3_sft.zero import check_zero3, describe
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def run(options: Options) -> int:
     backend = "gloo" if values["use_cpu"] else values["ddp_backend"]
     join_process_group(values["ddp_timeout"], backend)
     args = final_arguments(options, engine, has_eval=eval_tokens is not None)
-    checkpoint = _agree_on_checkpoint(folder, options, engine, args.world_size)
+    checkpoint = _agree_on_checkpoint(folder, options, engine, args)
     compute = torch.bfloat16 if args.bf16 else weights_dtype(options.model)
     weights = weights_dtype(options.model, engine, compute)
     attention, reason = choose_attention(options.model.attn_implementation, args.device, compute)
@@ -133,20 +134,25 @@ def run(options: Options) -> int:
 
 
 def _agree_on_checkpoint(
-    folder: RunFolder, options: Options, engine: Engine, world_size: int
+    folder: RunFolder, options: Options, engine: Engine, args: TrainArguments
 ) -> Path | None:
     """Let rank 0 read and hash the checkpoints; every rank resumes from what it chose.
 
     Raises:
         UsageError: the named checkpoint does not exist.
-        CheckpointError: it is damaged, or this engine or number of processes cannot read it.
+        CheckpointError: it is damaged, or this engine, number of processes or size of a step does
+            not go on from it.
     """
 
     def choose() -> Path | None:
         checkpoint = choose_checkpoint(folder, options.train_values["resume"])
-        if checkpoint is not None:
-            check_resumable(read_manifest(checkpoint), engine.layout, world_size, checkpoint)
-        return checkpoint
+        if checkpoint is None:
+            return None
+        check_resumable(
+            read_manifest(checkpoint), engine.layout, args.world_size, checkpoint,
+            rows_per_step(args),
+        )  # fmt: skip
+        return checkpoint.absolute()  # another node may stand in another folder
 
     return on_first_rank(choose)
 
@@ -154,10 +160,14 @@ def _agree_on_checkpoint(
 def _finished(folder: RunFolder, summary: dict[str, Any]) -> str:
     return (
         f"{folder.path} holds a finished run: {summary['steps']} steps, "
-        f"final loss {summary['loss']:.4f}, model in {folder.model}\n"
+        f"final loss {_in_words(summary['loss'])}, model in {folder.model}\n"
         f"{before_and_after(folder.samples)}\n"
         "Nothing was changed. To train again choose another --output_dir, or remove the folder."
     )
+
+
+def _in_words(loss: float | None) -> str:
+    return "not logged" if loss is None else f"{loss:.4f}"
 
 
 def _prepare_data(
@@ -203,19 +213,20 @@ def _finish(trainer: SftTrainer, options: Options, base: Path, folder: RunFolder
         None if dtype == "auto" else getattr(torch, dtype),
     )  # fmt: skip
     if trainer.is_world_process_zero():
-        records = [entry for entry in trainer.state.log_history if "loss" in entry]
+        # None where early stopping came before the first record.
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] or [None]
         summary = {
             "finished": True,
             "steps": trainer.state.global_step,
-            "first_loss": records[0]["loss"],
-            "loss": records[-1]["loss"],
+            "first_loss": losses[0],
+            "loss": losses[-1],
             "best_metric": trainer.state.best_metric,
             "skipped_steps": trainer.skipped_steps,
             "model": str(folder.model),
         }
         folder.write_json("summary.json", summary)
         logger.info(
-            "done: loss %.4f -> %.4f in %d steps, model in %s\n%s", summary["first_loss"],
-            summary["loss"], summary["steps"], folder.model, before_and_after(folder.samples),
+            "done: loss %s -> %s in %d steps, model in %s\n%s", _in_words(losses[0]),
+            _in_words(losses[-1]), summary["steps"], folder.model, before_and_after(folder.samples),
         )  # fmt: skip
     trainer.accelerator.wait_for_everyone()

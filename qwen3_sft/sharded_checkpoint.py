@@ -19,17 +19,31 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from qwen3_sft.checkpoint import CheckpointError
+from qwen3_sft.checkpoint import CheckpointError, local_part
 from qwen3_sft.model import load_strict
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 
 
 def save_weights(model: Any, folder: Path) -> None:
-    """Write this process's shards to `folder/weights`; collective."""
-    from transformers.distributed.checkpoint import _save_model_checkpoint_distributed
+    """Write this process's shards to `folder/weights`; collective.
 
-    _save_model_checkpoint_distributed(model, folder / WEIGHTS)
+    As transformers' `_save_model_checkpoint_distributed`, which fails on accelerate's tied weights:
+    safetensors writes no memory twice. They are written under both names, and load so.
+    """
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+    from transformers.distributed.checkpoint import _redistribute_state_dict
+
+    state: dict[str, Any] = _redistribute_state_dict(get_model_state_dict(model))
+    seen: set[int] = set()
+    for name, value in state.items():
+        address = local_part(value).data_ptr()
+        if address in seen:
+            state[name] = value.clone()
+        seen.add(address)
+    writer = checkpoint.HuggingFaceStorageWriter(str(folder / WEIGHTS), save_distributed=True)
+    checkpoint.save(state, storage_writer=writer)
 
 
 def load_sharded_weights(model: Any, folder: Path) -> None:

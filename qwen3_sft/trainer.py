@@ -20,9 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerState
 
+from qwen3_sft.backward_optimizer import BackwardOptimizer
 from qwen3_sft.collator import BatchStats
 from qwen3_sft.flops import ModelFlops, train_flops
 from qwen3_sft.hardware import memory_stats
+from qwen3_sft.low_bit_optimizer import with_states
 from qwen3_sft.metrics import KEYS, MemoryWatch, StepLines, Window, log_line, throughput
 from qwen3_sft.packing import Document, PackedDataset
 from qwen3_sft.trainer_checkpoint import CheckpointedTrainer
@@ -43,6 +45,11 @@ class _Clock(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.trainer.window = Window()
         self.trainer._steps_at_last_record = state.global_step
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Record the last step whatever `logging_steps` says: the summary tells its loss."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 class SftTrainer(CheckpointedTrainer):
@@ -78,6 +85,7 @@ class SftTrainer(CheckpointedTrainer):
         self.window = Window()
         self.memory_watch = MemoryWatch()
         self.bad_steps_in_a_row = 0
+        self.backward_optimizer: BackwardOptimizer | None = None
         self._step_loss = torch.zeros((), device=self.args.device)
         self._step_tokens = torch.ones((), device=self.args.device)
         self._steps_at_last_record = 0
@@ -91,6 +99,24 @@ class SftTrainer(CheckpointedTrainer):
     def first_row(self) -> list[Document]:
         """Return the documents of the first training row."""
         return cast(PackedDataset, self.train_dataset)[0]
+
+    # ---- optimizer ----
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Know torchao's AdamWFp8 too."""
+        chosen = CheckpointedTrainer.get_optimizer_cls_and_kwargs(args, model)
+        return with_states(args.optim.value, args.optim_args, chosen)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Have the optimizer step within the backward pass if the run asks for it."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.optimizer_in_backward:
+            self.backward_optimizer = BackwardOptimizer(
+                self.model, optimizer, clip=self.args.clip, max_grad_norm=self.args.max_grad_norm
+            )
+        return optimizer
 
     # ---- loss ----
 
@@ -153,11 +179,13 @@ class SftTrainer(CheckpointedTrainer):
         Raises:
             NonFiniteError: after `max_bad_steps` such steps in a row.
         """
-        norm = super()._get_grad_norm(model, grad_norm)
+        fused = self.backward_optimizer
+        norm = super()._get_grad_norm(model, grad_norm) if fused is None else fused.norm()
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss = self._sum_over_ranks(self._step_loss) / self.args.world_size
         # One wait for the device per optimizer step; none per micro-batch.
         loss_value, norm_value = torch.stack([loss, torch.as_tensor(norm).to(loss)]).tolist()
+        left_out = [] if fused is None else fused.end_step(norm_value)
         if math.isfinite(norm_value) and math.isfinite(loss_value):
             self.bad_steps_in_a_row = 0
             return norm
@@ -167,12 +195,19 @@ class SftTrainer(CheckpointedTrainer):
             parameter.grad = None
         step = self.state.global_step + 1
         logger.warning("step %d skipped: loss %s, gradient norm %s", step, loss_value, norm_value)
+        kept = "The weights are those before them"
+        if fused is not None:
+            kept = "Weights whose own gradient was finite were updated in them"
+            logger.warning(
+                "%d weights had a non-finite gradient and were left out (%s); the others were "
+                "updated within the backward pass", len(left_out), ", ".join(left_out[:3]),
+            )  # fmt: skip
         if self.bad_steps_in_a_row >= self.args.max_bad_steps:
             raise NonFiniteError(
                 f"steps {step - self.bad_steps_in_a_row + 1} to {step} all had a non-finite loss "
-                f"or gradient (last: loss {loss_value}, gradient norm {norm_value}). The weights "
-                "are those before them and the last checkpoint is whole. Lower --learning_rate, "
-                "look at the data of these steps, or allow more with --max_bad_steps"
+                f"or gradient (last: loss {loss_value}, gradient norm {norm_value}). {kept} and "
+                "the last checkpoint is whole. Lower --learning_rate, look at the data of these "
+                "steps, or allow more with --max_bad_steps"
             )
         return norm
 
@@ -224,6 +259,8 @@ class SftTrainer(CheckpointedTrainer):
         if "loss" in logs:
             logs = self._training_record(logs)
             self.window = Window()
+            # Upstream empties its sum by subtraction, and a NaN minus itself stays one for ever.
+            self._tr_loss = torch.zeros_like(self._tr_loss)
         super().log(logs, start_time)
 
     def _training_record(self, logs: dict[str, float]) -> dict[str, Any]:
@@ -244,6 +281,8 @@ class SftTrainer(CheckpointedTrainer):
                 peak_flops=self.peak_flops,
             ),
         }  # fmt: skip
+        if self.backward_optimizer is not None:
+            record |= self.backward_optimizer.lost_updates.drain()
         if self.router_statistics is not None:
             record |= self.router_statistics.drain(reduce=self._sum_over_ranks)
         self.memory_watch.check(memory)

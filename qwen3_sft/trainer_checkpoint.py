@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -27,11 +30,19 @@ from qwen3_sft.checkpoint import (
 from qwen3_sft.engine import Engine
 from qwen3_sft.hub_writer import write_hub_model
 from qwen3_sft.logs import progress_bars
-from qwen3_sft.rank_zero import on_first_rank
+from qwen3_sft.rank_zero import RankZero, on_first_rank
 
 logger = logging.getLogger(__name__)
 
 _STAGING = ".saving"
+# What a full or failing disk raises; torch.save a RuntimeError that names this file of torch.
+_WRITE_FAILURES = (OSError, SafetensorError, CheckpointException, RuntimeError)
+_TORCH_WRITER = "inline_container"
+
+
+def rows_per_step(args: Any) -> int:
+    """Return the packed rows of one optimizer step over all processes."""
+    return args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
 class CheckpointedTrainer(Trainer):
@@ -56,8 +67,10 @@ class CheckpointedTrainer(Trainer):
         """
         args = kwargs["args"]
         save_only_model = args.save_only_model
-        # Upstream refuses to save a natively sharded model with its optimizer; this class does it.
-        args.save_only_model = save_only_model or engine.kind == "native"
+        # Upstream refuses to save a natively sharded model with its optimizer, and one sharded by
+        # accelerate without it; this class does both.
+        if engine.layout == "dtensor":
+            args.save_only_model = engine.kind == "native"
         super().__init__(**kwargs)
         args.save_only_model = save_only_model
         self.run_facts = run_facts
@@ -83,26 +96,35 @@ class CheckpointedTrainer(Trainer):
         """Let upstream write aside, then seal, publish and only then rotate.
 
         Raises:
-            CheckpointError: a weight is NaN or Inf.
+            CheckpointError: a weight is NaN or Inf, or a file cannot be written.
         """
         with self.pause_metrics():
             step = self.state.global_step
             refuse_non_finite(self.model, step)
             staging, name = self._output_dir / _STAGING, f"checkpoint-{step}"
-            if self.is_world_process_zero():
-                shutil.rmtree(staging, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
+            failed = f"step {step}: no checkpoint was written, earlier ones are whole"
+            rank0 = RankZero(failed, raises=CheckpointError)
+            rank0.do(_make_anew, staging)
+            rank0.agree()
+            if self.engine.layout != "whole":
+                _refuse_private_folder(staging)
             self._is_staging = True
             try:
                 super()._save_checkpoint(model, trial)
+            except _WRITE_FAILURES as error:
+                if isinstance(error, RuntimeError) and _TORCH_WRITER not in str(error):
+                    raise
+                free = shutil.disk_usage(self._output_dir).free / 1e9
+                raise CheckpointError(
+                    f"{failed}: {_cause(error)} ({free:.1f} GB free in {self._output_dir})"
+                ) from error
             finally:
                 self._is_staging = False
             self.accelerator.wait_for_everyone()
             self._point_best_at(name)
-            if self.is_world_process_zero():
-                self._publish(staging, name)
-                logger.info("step %d  saved %s", step, self._output_dir / name)
-            self.accelerator.wait_for_everyone()
+            rank0.do(self._publish, staging, name)
+            rank0.agree()
+            logger.info("step %d  saved %s", step, self._output_dir / name)
 
     def _publish(self, staging: Path, name: str) -> None:
         self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
@@ -127,10 +149,12 @@ class CheckpointedTrainer(Trainer):
         return {
             "step": self.state.global_step,
             "world_size": self.args.world_size,
+            "rows_per_step": rows_per_step(self.args),
             "engine": str(self.engine),
             "layout": self.engine.layout,
             "seed": self.args.seed,
             "skipped_steps": self.skipped_steps,
+            "save_only_model": self.args.save_only_model,
             **self.run_facts,
         }
 
@@ -224,9 +248,14 @@ class CheckpointedTrainer(Trainer):
         manifest = read_manifest(folder)
         self.skipped_steps = manifest["skipped_steps"]
         if manifest["world_size"] != self.args.world_size:
-            logger.warning(
+            logger.info(
                 "resuming a run of %d processes on %d: data order is kept, random states of "
                 "dropout are not", manifest["world_size"], self.args.world_size,
+            )  # fmt: skip
+        if manifest["data_key"] != self.run_facts["data_key"]:
+            logger.warning(
+                "%s was saved on other data (%s, now %s): its place in the epoch is taken in the "
+                "new data", folder, manifest["data_key"], self.run_facts["data_key"],
             )  # fmt: skip
 
     def _load_best_model(self) -> None:
@@ -238,3 +267,29 @@ class CheckpointedTrainer(Trainer):
         else:
             self._load_weights(best)
         logger.info("best model: %s, %s", best, self.state.best_metric)
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _refuse_private_folder(folder: Path) -> None:
+    """Raise on all ranks if some do not see what rank 0 has made: the shards would lie apart."""
+    if not dist.is_initialized():
+        return
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, folder.is_dir())
+    if not all(seen):
+        blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+        raise CheckpointError(
+            f"ranks {blind} do not see {folder}, which rank 0 has made: set --output_dir to a "
+            "folder that all nodes share, each of them writes its part of a checkpoint"
+        )
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what the first rank that failed raised inside torch's distributed checkpoint."""
+    if isinstance(error, CheckpointException):
+        return next(iter(error.failures.values()))[0]
+    return error

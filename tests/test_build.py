@@ -1,7 +1,8 @@
+import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 
-from qwen3_sft.build import set_fsdp_precision
+from qwen3_sft.build import check_optimizer, set_fsdp_precision
 
 
 def test_fsdp_of_accelerate_sums_gradients_in_float32_and_returns_the_loss_uncast():
@@ -12,3 +13,14 @@ def test_fsdp_of_accelerate_sums_gradients_in_float32_and_returns_the_loss_uncas
     policy = plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
     assert policy.output_dtype is None
+
+
+def test_an_optimizer_of_other_parameters_is_refused():
+    model = torch.nn.Linear(2, 2)
+    check_optimizer(model, torch.optim.SGD(model.parameters()))
+    with pytest.raises(RuntimeError, match=r"holds 1 parameters, the model trains 2; .*: bias"):
+        check_optimizer(model, torch.optim.SGD([model.weight]))
+    with pytest.raises(RuntimeError, match="not among them: weight, bias"):
+        check_optimizer(model, torch.optim.SGD(torch.nn.Linear(2, 2).parameters()))
+    model.bias.requires_grad_(False)
+    check_optimizer(model, torch.optim.SGD([model.weight]))

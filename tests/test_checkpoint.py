@@ -7,12 +7,20 @@ from transformers import TrainerCallback
 
 from qwen3_sft.checkpoint import (
     CheckpointError,
+    check_resumable,
     load_weights,
     newest_verified,
     refuse_non_finite,
     verify,
 )
 from qwen3_sft.model import ModelError
+from qwen3_sft.sharded_checkpoint import (
+    load_optimizer,
+    load_scheduler,
+    load_sharded_weights,
+    save_weights,
+    saved_names,
+)
 from tests.training import Documents, make_trainer, weights
 
 RUN = {
@@ -102,6 +110,19 @@ def test_damaged_checkpoints_are_passed_over(saved):
         verify(newest)
 
 
+def test_a_save_that_fails_leaves_nothing_that_looks_like_a_checkpoint(
+    tiny_moe, tokenizer, tmp_path, monkeypatch
+):
+    def full(folder, **facts):
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr("qwen3_sft.trainer_checkpoint.seal", full)
+    trainer = make_trainer(tiny_moe, tokenizer, tmp_path, **RUN | {"max_steps": 3})
+    with pytest.raises(CheckpointError, match=r"step 3: no checkpoint was written.*No space left"):
+        trainer.train()
+    assert newest_verified(tmp_path) == (None, [])  # neither whole nor passed over
+
+
 def test_missing_optimizer_is_an_error(saved, tiny_moe, tokenizer):
     folder, _ = saved
     (folder / "checkpoint-6" / "optimizer.pt").unlink()
@@ -133,3 +154,79 @@ def test_a_non_finite_weight_never_reaches_a_checkpoint(tiny_moe):
         tiny_moe.model.layers[1].mlp.experts.down_proj[0, 0, 0] = float("nan")
     with pytest.raises(CheckpointError, match=r"step 7: .*layers\.1\.mlp\.experts\.down_proj"):
         refuse_non_finite(tiny_moe, 7)
+
+
+MANIFEST = {"layout": "dtensor", "world_size": 2, "rows_per_step": 4, "save_only_model": False}
+
+
+@pytest.mark.parametrize(
+    ("manifest", "layout", "world_size", "message"),
+    [
+        ({"layout": "zero"}, "dtensor", 2, "saved under DeepSpeed ZeRO, this run uses FSDP2"),
+        ({}, "whole", 2, r"saved under FSDP2 .*, this run uses one process or DDP"),
+        ({"layout": "zero"}, "zero", 3, "saved by 2 processes, there are 3"),
+        ({"save_only_model": True}, "dtensor", 2, "--save_only_model true and holds no optimizer"),
+        ({"rows_per_step": 8}, "dtensor", 2, "steps of 8 rows, .* 4: .* --global_batch_size 8"),
+    ],
+)
+def test_what_this_run_would_not_go_on_from_is_refused(
+    manifest, layout, world_size, message, tmp_path
+):
+    with pytest.raises(CheckpointError, match=message):
+        check_resumable(MANIFEST | manifest, layout, world_size, tmp_path, 4)
+
+
+def test_what_this_run_goes_on_from_is_not_refused(tmp_path):
+    check_resumable(MANIFEST, "dtensor", 2, tmp_path, 4)
+    check_resumable(MANIFEST, "dtensor", 4, tmp_path, 4)  # shards load on any number
+    check_resumable({"world_size": 2}, "whole", 1, tmp_path, 4)  # saved before these were recorded
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("tied", [False, True])
+def test_shards_hold_the_names_of_the_model_and_no_others(tiny_moe, tmp_path, tied):
+    if tied:
+        tiny_moe.lm_head.weight = tiny_moe.model.embed_tokens.weight
+    save_weights(tiny_moe, tmp_path)
+    assert saved_names(tmp_path) == tiny_moe.state_dict().keys()
+    before = weights(tiny_moe)
+    with torch.no_grad():
+        for parameter in tiny_moe.parameters():
+            parameter.zero_()
+    load_sharded_weights(tiny_moe, tmp_path)
+    assert all(tensor.equal(before[name]) for name, tensor in weights(tiny_moe).items())
+    router = tiny_moe.model.layers[1].mlp.gate
+    router.extra = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(CheckpointError, match=r"differs in model\.layers\.1\.mlp\.gate\.extra"):
+        load_sharded_weights(tiny_moe, tmp_path)
+    del router.extra, tiny_moe.model.norm
+    with pytest.raises(CheckpointError, match=r"differs in model\.norm\.weight"):
+        load_sharded_weights(tiny_moe, tmp_path)
+
+
+def test_shards_without_optimizer_or_schedule_are_refused(tiny_moe, tmp_path):
+    optimizer = torch.optim.SGD(tiny_moe.parameters(), 1.0)
+    with pytest.raises(CheckpointError, match="optimizer: missing"):
+        load_optimizer(tiny_moe, optimizer, tmp_path)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(CheckpointError, match=r"scheduler\.pt: missing"):
+        load_scheduler(scheduler, tmp_path / "scheduler.pt")
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_schedule_goes_on_with_another_number_of_groups(tmp_path, number):
+    def schedule(groups):
+        weights = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(groups)]
+        optimizer = torch.optim.SGD(weights, lr=2.0)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    saved, live = schedule(2), schedule(number)
+    for _ in range(3):
+        saved.optimizer.step()
+        saved.step()
+    torch.save(saved.state_dict(), tmp_path / "scheduler.pt")
+    load_scheduler(live, tmp_path / "scheduler.pt")
+    assert live.get_last_lr() == [0.5] * number
+    live.optimizer.step()
+    live.step()
+    assert [group["lr"] for group in live.optimizer.param_groups] == [0.4] * number

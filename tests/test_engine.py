@@ -74,6 +74,7 @@ def test_layouts():
         (FSDP, {"fsdp_size": 2}, r"--fsdp_size/--ep_size .* FSDP on as well.*config/ddp\.json"),
         (FSDP | {"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "both switched on"),
         (FSDP | {"FSDP_VERSION": "1"}, {}, "fsdp_version 1 is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": 2}, {}, "fsdp_version 1 is not supported"),
         (FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "--activation_checkpointing true"),
         (FSDP | {"WORLD_SIZE": "1"}, {}, "shards nothing"),
         ({"WORLD_SIZE": 4}, {"fsdp_size": 3}, "needs 3 processes, there are 4"),
@@ -102,6 +103,13 @@ def test_layouts():
 def test_contradictions_are_refused_by_name(environment, sizes, message):
     with pytest.raises(UsageError, match=message):
         engine_of(environment, **sizes)
+
+
+@pytest.mark.parametrize("axis", ["CP", "SP", "TP"])
+def test_no_axis_of_accelerate_splits_sequences_or_matrices(axis):
+    environment = FSDP | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+    with pytest.raises(UsageError, match=f"parallelism_config_{axis.lower()}_size 2 do not go"):
+        engine_of(environment | {f"PARALLELISM_CONFIG_{axis}_SIZE": 2})
 
 
 def test_replicas_and_shards_of_accelerate_are_no_contradiction():

@@ -1,7 +1,7 @@
 import pytest
 
 from qwen3_sft.engine import Engine
-from qwen3_sft.final_arguments import final_arguments
+from qwen3_sft.final_arguments import _check_engine, final_arguments
 from qwen3_sft.recipe import UsageError, parse_options
 
 
@@ -33,6 +33,12 @@ def test_a_step_has_as_many_rows_on_any_number_of_processes(monkeypatch, world_s
     assert values["gradient_accumulation_steps"] * 2 * world_size == 16
 
 
+def test_the_rows_of_a_step_are_counted_over_the_processes_of_the_launcher(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match=r"not a multiple of 3 rows \(3 processes x"):
+        arguments(tmp_path, "--global_batch_size", "4")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -60,3 +66,22 @@ def test_deepspeed_is_not_switched_off_in_silence(tmp_path):
 def test_low_bit_optimizers_are_refused_on_sharded_weights(tmp_path):
     with pytest.raises(UsageError, match="--optim adamw_torch_8bit is not tested on sharded"):
         arguments(tmp_path, "--optim", "adamw_torch_8bit", engine="native")
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_deepspeed_checkpoints_without_their_weights_are_refused(engine):
+    options = parse_options(["--model_name_or_path", "m", "--dataset", "d"])
+    values = options.train_values | {"save_only_model": True}
+    with pytest.raises(UsageError, match="--save_only_model true: DeepSpeed's checkpoints hold"):
+        _check_engine(values, Engine(engine))
+
+
+def test_an_optimizer_that_mixes_whole_and_sharded_tensors_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="--optim adafactor is not tested on sharded"):
+        arguments(tmp_path, "--optim", "adafactor", engine="native")
+
+
+def test_ddp_does_not_look_for_unused_parameters(tmp_path):
+    assert arguments(tmp_path).ddp_find_unused_parameters is False
+    asked = arguments(tmp_path, "--ddp_find_unused_parameters", "true")
+    assert asked.ddp_find_unused_parameters is True

@@ -21,14 +21,16 @@ LAYERS: tuple[tuple[str, str], ...] = (
     ("verbs", "export export_check data.inspection"),
     ("training", "trainer trainer_checkpoint sharded_checkpoint checkpoint completions isolation "
      "run_folder whole_checkpoint"),
-    ("parts", "model patches metrics collator demo.build final_arguments process_group"),
+    ("parts", "model patches metrics collator demo.build final_arguments process_group "
+     "selective_checkpointing activation_plan backward_optimizer low_bit_step low_bit_optimizer "
+     "adafactor_step float32_states lost_updates"),
     ("tokens", "data.prepare data.report data.token_store data.tokenize_rows data.cache_key"),
     ("rows", "data.raw_rows data.readers data.table_rows data.json_rows data.formats data.turns"),
     ("text", "chat.render chat.text chat.pieces chat.templates chat.encoding"),
     ("options", "engine recipe args memory_plan zero cpu_adam"),
     ("demo", "demo.conversations demo.model"),
     ("facts", "packing flops hardware known_models samples data.tally logs "
-     "full_tensors rank_zero hub_writer"),
+     "full_tensors rank_zero hub_writer host_memory"),
     ("packages", "data chat demo"),
 )  # fmt: skip
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen3_sft.demo.model import tiny_config
 from qwen3_sft.dry_run import known_config, model_on_meta
 from qwen3_sft.engine import Engine
+from qwen3_sft.known_models import KNOWN_CONFIGS
 from qwen3_sft.memory_plan import GIB, Plan, memory_plan
 from tests.source_tree import ROOT
 
@@ -116,11 +117,63 @@ def test_host_memory(model):
         plan = planned(model, engine, deepspeed=deepspeed(file) if file else None)
         return plan.host_gib * GIB / PARAMETERS
 
-    assert host(Engine("ddp")) == pytest.approx(8 * 4)  # every process reads all
-    assert host(Engine("native", 8)) == pytest.approx(4)  # eight shards
-    assert host(Engine("fsdp")) == pytest.approx(4)  # the first process
-    assert host(Engine("zero2"), "zero2") == pytest.approx(8 * 2)
-    # The checkpoint, and one tensor fused from its experts.
-    assert host(Engine("zero3"), "zero3") == pytest.approx(2 * (1 + 402_653_184 / PARAMETERS))
+    fused, end = 402_653_184 / PARAMETERS, 311_164_928 / PARAMETERS
+    assert host(Engine("ddp")) == pytest.approx(8 * 4 * (1 + fused))  # every process reads all
+    assert host(Engine("native", 8)) == pytest.approx(8 * 4 * 2 * end / 8)
+    assert host(Engine("fsdp")) == pytest.approx(4 * (1 + fused))  # the first process
+    assert host(Engine("zero2"), "zero2") == pytest.approx(8 * 2 * (1 + fused))
+    # Rank 0 fuses in bfloat16, then all flatten their shards.
+    assert host(Engine("zero3"), "zero3") == pytest.approx(2 * 2 * fused + 2)
     offloaded = host(Engine("zero3"), "zero3_offload") - host(Engine("zero3"), "zero3")
     assert offloaded == pytest.approx(8 + 4 + 4 + 2)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """What bench/load.py measured: its model on meta, and name -> ranks."""
+    report = json.loads((ROOT / "bench/results/load_memory_cpu.json").read_text(encoding="utf-8"))
+    config = Qwen3MoeConfig(**{**KNOWN_CONFIGS["Qwen/Qwen3-30B-A3B"], **report["config"]})
+    return model_on_meta(config), {r["name"]: r["ranks"] for r in report["results"]}
+
+
+@pytest.mark.parametrize("name", ["single", "ddp", "fsdp"])
+def test_loading_on_the_host_takes_what_was_measured(loaded, name):
+    """Where the host holds weights on their way to GPUs, it does so on a CPU just the same."""
+    model, ranks = loaded[0], loaded[1][name]
+    plan = memory_plan(
+        model, Engine(name), weights=FP32, compute=FP32, world_size=len(ranks),
+        gpus_per_node=len(ranks),
+    )  # fmt: skip
+    measured = sum(rank["phases"]["loading"]["anonymous"] for rank in ranks)
+    assert sum(plan.host.values()) == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["native fsdp 2", "native fsdp 2 x ep 2"])
+def test_native_loading_needs_its_shard_and_one_tensor(loaded, name):
+    """On a CPU in host memory, on GPUs there; either way it maps only its part of the files."""
+    model, ranks = loaded[0], loaded[1][name]
+    elements = sum(p.numel() for p in model.parameters())
+    tensor = max(p.numel() for p in model.parameters())
+    for rank in ranks:
+        assert rank["kept"] == pytest.approx(elements // 2 * 4, rel=0.01)
+        loading = rank["phases"]["loading"]
+        assert loading["anonymous"] == pytest.approx((elements + tensor) // 2 * 4, rel=0.03)
+        assert loading["file"] < 0.6 * elements * 2
+
+
+def test_zero3_reads_in_the_first_process_only(loaded):
+    model, (first, other) = loaded[0], loaded[1]["zero3"]
+    tensor = max(p.numel() for p in model.parameters())
+    assert other["phases"]["loading"]["file"] < 0.02 * first["phases"]["loading"]["file"]
+    own = first["phases"]["loading"]["anonymous"] - other["phases"]["loading"]["anonymous"]
+    assert 0 < own < 2 * tensor * 2
+
+
+def test_settings_spare_what_was_there_as_found(loaded):
+    """glibc keeps freed experts, and every rank of accelerate's FSDP reads everything."""
+    for name in ("native fsdp 2", "fsdp"):
+        for found, spared in zip(loaded[1][f"{name} as found"], loaded[1][name], strict=True):
+            found_peak = found["phases"]["loading"]["anonymous"]
+            assert found_peak > 1.4 * spared["phases"]["loading"]["anonymous"]
+    second = loaded[1]["fsdp"][1]["phases"]["loading"]["anonymous"]
+    assert second < 0.02 * loaded[1]["fsdp as found"][1]["phases"]["loading"]["anonymous"]

@@ -188,3 +188,24 @@ def test_epochs_use_every_document_once_in_another_order(tiny_moe, tokenizer, tm
     trainer.train()
     assert all(sorted(order) == list(range(10)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
+
+
+def test_a_nan_loss_is_told_once_and_not_for_ever(tiny_moe, tokenizer, tmp_path):
+    class _Bad(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            factor[0] = math.nan if state.global_step == 1 else 1.0
+
+    factor = [1.0]
+    trainer = make_trainer(tiny_moe, tokenizer, tmp_path, max_steps=4, callbacks=(_Bad(),))
+    trainer.model.lm_head.register_forward_hook(lambda *call: call[2] * factor[0])
+    trainer.train()
+    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+    assert [math.isnan(loss) for loss in losses] == [False, True, False, False]
+    assert trainer.skipped_steps == 1
+
+
+def test_the_last_step_is_recorded_whatever_the_interval(tiny_moe, tokenizer, tmp_path):
+    trainer = make_trainer(tiny_moe, tokenizer, tmp_path, max_steps=3, logging_steps=10)
+    trainer.train()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [record["step"] for record in records] == [3]

@@ -4,6 +4,7 @@ One tree of processes per number of processes runs all its cases (tests/distribu
 """
 
 import json
+import random
 import socket
 import sys
 from pathlib import Path
@@ -39,6 +40,15 @@ TOO_FAST = (
 )  # fmt: skip
 
 
+def free_port() -> int:
+    """Return a port below those that the system gives to outgoing connections in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+
+
 class Cases:
     """Runs to do in one tree of processes, each into a folder of its own."""
 
@@ -50,9 +60,7 @@ class Cases:
         if after is not None:
             argv = (*argv, "--resume", self.root / after / "checkpoint-2")
         words = (*self.inputs, *TRAIN, "--output_dir", self.root / name, *argv)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.cases.append(
             {
                 "name": name, "port": port, "launch": launch, "environment": environment or {},
@@ -113,10 +121,12 @@ def test_every_engine_equals_one_process(cases):
     cases.add("ddp_after", after="ddp")
     cases.add("native", None, *NATIVE)
     cases.add("ep2", None, *EP2, "--num_samples", 1, "--sample_max_new_tokens", 2)
-    cases.add("ep2_after", None, *EP2, "--activation_checkpointing", "true", after="ep2")
+    recompute = ("--activation_checkpointing", "true")
+    selective = (*recompute, "--activation_checkpointing_policy", "selective")
+    cases.add("ep2_after", None, *EP2, *selective, after="ep2")
     cases.add("ep2_after_ep1", None, *EP2, after="native")
     cases.add("fsdp", "fsdp", "--num_samples", 1, "--sample_max_new_tokens", 2)
-    cases.add("fsdp_after", "fsdp", after="fsdp")
+    cases.add("fsdp_after", "fsdp", *selective, after="fsdp")
     cases.add("fsdp_after_native", "fsdp", after="native")
     cases.add("full", "fsdp", *best, environment=FULL)
     cases.add("full_after", "fsdp", after="full", environment=FULL)
@@ -125,7 +135,6 @@ def test_every_engine_equals_one_process(cases):
     zero3 = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(nothing_persists(cases.root))}
     samples = ("--num_samples", 1, "--sample_max_new_tokens", 2)
     cases.add("zero3", "zero3", *samples, *best, environment=zero3)
-    recompute = ("--activation_checkpointing", "true")
     cases.add("zero3_after", "zero3", *recompute, after="zero3", environment=zero3)
     on_two = [case["name"] for case in cases.cases]
     failing = ("refused", "bad_ep2", "bad_zero2", "bad_zero3")
@@ -140,6 +149,11 @@ def test_every_engine_equals_one_process(cases):
 
     cases.add("ep4", None, "--fsdp_size", 4, "--ep_size", 4)
     cases.add("hsdp", None, "--fsdp_size", 2, "--ep_size", 2, "--dp_replicate_size", 2)
+    replicas = {
+        "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+        "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+    }
+    cases.add("hsdp_of_accelerate", "hsdp", environment=replicas)
     cases.add("ep2_of_4_after_2", None, "--fsdp_size", 4, "--ep_size", 2, after="ep2")
     on_four = [case["name"] for case in cases.cases]
     cases.add("refused_size", "zero3", after="zero3")

@@ -1,0 +1,79 @@
+"""The worker of tests/distributed/worker.py with faults that cases switch on in their environment.
+
+    torchrun --nproc-per-node N -m tests.distributed.edges_worker CASES.json
+
+EDGE_FULL_DISK_AT=S: rank 0's disk is full when the checkpoint of step S is published.
+EDGE_NAN_WEIGHT_AT=S: rank 1's part of a weight turns NaN before the checkpoint of step S.
+EDGE_NAN_GRADIENT_AT=S, EDGE_NAN_LOSS_AT=S: rank 1's backward pass or loss is NaN in step S.
+EDGE_WORSE_FROM=S: evaluations from step S on are worse than those before.
+{RANK} in an option becomes the rank.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen3_sft import run
+from qwen3_sft.checkpoint import local_part
+from qwen3_sft.trainer import SftTrainer
+from tests.distributed import worker
+
+
+def main(cases_file: Path) -> int:
+    """Install the faults, then run the cases."""
+    _break_trainer()
+    original = run.run_command
+    rank = os.environ.get("RANK", "0")
+    run.run_command = lambda argv: original([word.replace("{RANK}", rank) for word in argv])
+    return worker.main(cases_file)
+
+
+def _is_due(fault: str, step: int, rank: int = 1) -> bool:
+    return os.environ.get(fault) == str(step) and os.environ.get("RANK", "0") == str(rank)
+
+
+def _break_trainer() -> None:
+    publish, save = SftTrainer._publish, SftTrainer._save_checkpoint
+    compute_loss, evaluate = SftTrainer.compute_loss, SftTrainer.evaluate
+
+    def failing_publish(self: Any, staging: Path, name: str) -> None:
+        if _is_due("EDGE_FULL_DISK_AT", self.state.global_step, rank=0):
+            raise OSError(errno.ENOSPC, "No space left on device", str(staging))
+        publish(self, staging, name)
+
+    def spoiled_save(self: Any, *args: Any) -> None:
+        if _is_due("EDGE_NAN_WEIGHT_AT", self.state.global_step):
+            with torch.no_grad():
+                largest = max(map(local_part, self.model.parameters()), key=torch.numel)
+                largest.view(-1)[-1] = math.nan
+        save(self, *args)
+
+    def spoiled_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(self, *args, **kwargs)
+        step = self.state.global_step + 1
+        if _is_due("EDGE_NAN_GRADIENT_AT", step):
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        if _is_due("EDGE_NAN_LOSS_AT", step):
+            self._step_loss += math.nan
+            return loss * math.nan
+        return loss
+
+    def worse(self: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = evaluate(self, *args, **kwargs)
+        if self.state.global_step >= int(os.environ.get("EDGE_WORSE_FROM", sys.maxsize)):
+            metrics["eval_loss"] += 100
+        return metrics
+
+    SftTrainer._publish, SftTrainer._save_checkpoint = failing_publish, spoiled_save
+    SftTrainer.compute_loss, SftTrainer.evaluate = spoiled_loss, worse
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
