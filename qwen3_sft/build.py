@@ -32,6 +32,7 @@ from qwen3_sft.recipe import UsageError
 from qwen3_sft.run_folder import RunFolder, versions
 from qwen3_sft.selective_checkpointing import enable_selective_checkpointing
 from qwen3_sft.trainer import SftTrainer
+from qwen3_sft.trainer_checkpoint import rows_per_step
 
 logger = logging.getLogger(__name__)
 
@@ -88,16 +89,22 @@ def build_trainer(
         engine=engine,
     )
     _check_engine(trainer, engine)
-    if engine.kind == "fsdp" and args.bf16:
-        set_fsdp_precision(trainer.accelerator.state.fsdp_plugin)
-    if args.activation_checkpointing and args.activation_checkpointing_policy == "selective":
-        enable_selective_checkpointing(model)
-        args.activation_checkpointing = False  # the Trainer would put its own in place
+    _prepare_engine(trainer, engine)
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, CompletionCallback | StartCallback):
             callback.trainer = trainer
     return trainer
+
+
+def _prepare_engine(trainer: SftTrainer, engine: Engine) -> None:
+    """Set what accelerate and the Trainer would set otherwise when training begins."""
+    args = trainer.args
+    if engine.kind == "fsdp" and args.bf16:
+        set_fsdp_precision(trainer.accelerator.state.fsdp_plugin)
+    if args.activation_checkpointing and args.activation_checkpointing_policy == "selective":
+        enable_selective_checkpointing(trainer.model)
+        args.activation_checkpointing = False  # the Trainer would put its own in place
 
 
 def _pack(
@@ -107,7 +114,7 @@ def _pack(
     data: DataArguments,
 ) -> tuple[PackedDataset, PackedDataset | None]:
     """Pack for this world size and say in words what one step is."""
-    per_step = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    per_step = rows_per_step(args)
     train_rows = PackedDataset(
         train_tokens, data.max_length, packing=data.packing, seed=args.seed,
         rows_multiple_of=per_step,

@@ -32,3 +32,14 @@ def calling(arguments: Any, **fields: Any) -> dict:
     """Return a row whose answer calls a tool."""
     call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
     return answer(tool_calls=[call], **fields)
+
+
+def sums(number: int) -> list[dict]:
+    """Return conversations of four lengths, 37 to 52 tokens with the tests' tokenizer."""
+    return [
+        chat(
+            {"role": "user", "content": f"What is {i} plus {i}?"},
+            {"role": "assistant", "content": f"It is {2 * i}." + " Really." * (i % 4)},
+        )
+        for i in range(number)
+    ]

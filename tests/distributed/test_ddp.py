@@ -6,6 +6,7 @@ import pytest
 
 from qwen3_sft.demo.model import write_checkpoint
 from tests.commands import metrics, run, succeeds
+from tests.data_rows import sums
 
 pytestmark = pytest.mark.distributed
 
@@ -31,15 +32,8 @@ def on_two_processes(*options):
 @pytest.fixture
 def inputs(tokenizer, tmp_path):
     write_checkpoint(tmp_path / "base", tokenizer)
-    rows = [
-        {"messages": [
-            {"role": "user", "content": f"What is {i} plus {i}?"},
-            {"role": "assistant", "content": f"It is {2 * i}." + " Really." * (i % 4)},
-        ]}
-        for i in range(40)
-    ]  # fmt: skip
     data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
+    data.write_text("\n".join(map(json.dumps, sums(40))))
     return (
         "--model_name_or_path", tmp_path / "base", "--dataset", data,
         "--data_cache_dir", tmp_path / "cache", *TRAIN,

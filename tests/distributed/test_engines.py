@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from qwen3_sft.demo.model import tiny_config, tiny_model
 from tests.commands import ROOT, metrics, run
+from tests.data_rows import sums
 from tests.oracle import assert_close
 
 pytestmark = pytest.mark.distributed
@@ -92,15 +93,8 @@ def cases(tokenizer, tmp_path):
     )  # fmt: skip
     tiny_model(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    # Lengths of 37 to 52 tokens: two to four documents in a row, another number on each rank.
-    rows = [
-        {"messages": [
-            {"role": "user", "content": f"What is {i} plus {i}?"},
-            {"role": "assistant", "content": f"It is {2 * i}." + " Really." * (i % 4)},
-        ]}
-        for i in range(40)
-    ]  # fmt: skip
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    # Two to four documents in a row, another number on each rank.
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, sums(40))))
     return Cases(
         tmp_path,
         (

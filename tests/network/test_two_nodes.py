@@ -13,6 +13,7 @@ import safetensors.torch
 
 from qwen3_sft.demo.model import write_checkpoint
 from tests.commands import metrics, run, succeeds
+from tests.data_rows import sums
 from tests.network.two_nodes import exit_codes, reason_to_skip, two_nodes, wait_until
 from tests.oracle import assert_close
 
@@ -38,14 +39,7 @@ def nodes(tmp_path_factory):
 def inputs(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     write_checkpoint(folder / "base", tokenizer)
-    rows = [
-        {"messages": [
-            {"role": "user", "content": f"What is {i} plus {i}?"},
-            {"role": "assistant", "content": f"It is {2 * i}." + " Really." * (i % 4)},
-        ]}
-        for i in range(40)
-    ]  # fmt: skip
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, sums(40))))
     return (
         "--model_name_or_path", folder / "base", "--dataset", folder / "rows.jsonl",
         "--data_cache_dir", folder / "cache", *OPTIONS,
