@@ -83,12 +83,10 @@ def activation_plan(
     """
     s, r = compute_bytes, residual_bytes
     whole = _layer(config, s, r, keeps_hidden)
-    attention = config.num_attention_heads * (config.head_dim * s + 4)
-    routing = config.num_experts_per_tok * (_INDEX + _WEIGHT + 2 * _PERMUTATION)
     kept = {
         "none": whole,
         "full": config.hidden_size * r,
-        "selective": config.hidden_size * (r + 2 * s) + attention + routing,
+        "selective": config.hidden_size * (r + 2 * s) + _attention(config, s) + _routing(config),
     }[policy]
     ends = config.hidden_size * (r + s)  # the last norm's input and output
     chunk = chunk_tokens * config.vocab_size * (4 + s)
@@ -99,15 +97,24 @@ def activation_plan(
     )
 
 
+def _attention(config: Any, s: int) -> int:
+    """Bytes per token of attention's output and its log-sum-exp in float32."""
+    return config.num_attention_heads * (config.head_dim * s + 4)
+
+
+def _routing(config: Any) -> int:
+    """Bytes per token of the experts' indices and weights and of the two permutations."""
+    return config.num_experts_per_tok * (_INDEX + _WEIGHT + 2 * _PERMUTATION)
+
+
 def _layer(config: Any, s: int, r: int, keeps_hidden: bool) -> int:
     """Bytes per token of one layer without checkpointing."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    queries, pairs = heads * config.head_dim, 2 * config.num_key_value_heads * config.head_dim
-    rows = config.num_experts_per_tok
-    norms = 2 * hidden * (r + s)  # inputs and outputs of the two
+    queries = config.num_attention_heads * config.head_dim
+    pairs = 2 * config.num_key_value_heads * config.head_dim
+    norms = 2 * config.hidden_size * (r + s)  # inputs and outputs of the two
     projections = (queries + pairs) * s  # before their norms
     rotated = (queries + pairs // 2) * s  # after norm and rotary embedding, as attention keeps them
-    attention = queries * s + heads * 4
-    routing = rows * (_INDEX + _WEIGHT + 2 * _PERMUTATION) + config.num_experts * s
-    first = rows * 2 * config.moe_intermediate_size * s if keeps_hidden else 0
-    return norms + projections + rotated + attention + routing + first
+    logits = config.num_experts * s
+    first = config.num_experts_per_tok * 2 * config.moe_intermediate_size * s if keeps_hidden else 0
+    fixed = _attention(config, s) + _routing(config) + logits
+    return norms + projections + rotated + fixed + first

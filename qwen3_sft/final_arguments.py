@@ -155,11 +155,16 @@ def _check_engine(values: dict[str, Any], engine: Engine) -> None:
                 "--save_only_model true: DeepSpeed's checkpoints hold the weights in the parts of "
                 "its optimizer; leave it out, the final model is exported without the optimizer"
             )
-    optimizer = str(values["optim"])
+    optimizer = _optimizer(values)
     if engine.shards_weights and ("8bit" in optimizer or "adafactor" in optimizer):
         raise UsageError(
             f"--optim {optimizer} is not tested on sharded weights; use adamw_torch_fused"
         )
+
+
+def _optimizer(values: dict[str, Any]) -> str:
+    """The name behind --optim, which is an enum by default and a word if it was given."""
+    return str(getattr(values["optim"], "value", values["optim"]))
 
 
 # Optimizers whose step may run within the backward pass (backward_optimizer.py).
@@ -201,14 +206,14 @@ def _check_backward_optimizer(values: dict[str, Any], engine: Engine) -> None:
         )
     if values["fp16"]:
         raise UsageError(f"{name} has no loss scaling: set --bf16 true instead of --fp16")
-    optim = str(getattr(values["optim"], "value", values["optim"]))
+    optim = _optimizer(values)
     if optim not in _IN_BACKWARD:
         raise UsageError(f"{name} does not know --optim {optim}: use one of {list(_IN_BACKWARD)}")
 
 
 def _round_stochastically(values: dict[str, Any]) -> None:
     """Turn on torchao's stochastic rounding; off, its default, bf16 weights lose most updates."""
-    optim, given = str(getattr(values["optim"], "value", values["optim"])), values["optim_args"]
+    optim, given = _optimizer(values), values["optim_args"]
     is_low_bit = optim in ("adamw_torch_8bit", "adamw_torch_4bit")
     if is_low_bit and "bf16_stochastic_round" not in str(given):
         values["optim_args"] = ",".join(filter(None, [given, "bf16_stochastic_round=True"]))
@@ -216,7 +221,7 @@ def _round_stochastically(values: dict[str, Any]) -> None:
 
 
 def _rounds_stochastically(values: dict[str, Any]) -> bool:
-    optim = str(getattr(values["optim"], "value", values["optim"]))
+    optim = _optimizer(values)
     if values["optimizer_in_backward"] and optim == "adafactor":
         return True
     return "bf16_stochastic_round=true" in str(values["optim_args"]).lower()

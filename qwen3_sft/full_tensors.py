@@ -51,7 +51,7 @@ def full_tensors(
 
 def _entries(model: Any) -> dict[str, Tensor]:
     # keep_vars: tied weights and ZeRO-3's are told by the parameter object itself.
-    named = {_plain(k): v for k, v in model.state_dict(keep_vars=True).items()}
+    named = {plain_name(k): v for k, v in model.state_dict(keep_vars=True).items()}
     dependent = getattr(model, "all_tied_weights_keys", None) or {}
     by_parameter: dict[int, list[str]] = {}
     for name, value in named.items():
@@ -63,7 +63,8 @@ def _entries(model: Any) -> dict[str, Tensor]:
     return {name: value for name, value in named.items() if name in kept}
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what wrappers of modules have put into it."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name

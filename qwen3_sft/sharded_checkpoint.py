@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from qwen3_sft.checkpoint import CheckpointError, local_part
+from qwen3_sft.full_tensors import plain_name, process_rank
 from qwen3_sft.model import load_strict
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
@@ -57,7 +57,7 @@ def load_sharded_weights(model: Any, folder: Path) -> None:
     if not (folder / WEIGHTS).is_dir():
         _load_hub_model(model, folder)
         return
-    saved, live = saved_names(folder), {_plain(name) for name in model.state_dict()}
+    saved, live = saved_names(folder), {plain_name(name) for name in model.state_dict()}
     if saved != live:
         differing = sorted(saved ^ live)
         raise CheckpointError(f"{folder}: the live model differs in {', '.join(differing[:5])}")
@@ -76,8 +76,8 @@ def _load_hub_model(model: Any, folder: Path) -> None:
     """Read the whole model on rank 0 and hand every process its shards."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    whole = load_strict(folder, dtype=model.dtype).state_dict() if first else {}
+    is_first = process_rank() == 0
+    whole = load_strict(folder, dtype=model.dtype).state_dict() if is_first else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
     set_model_state_dict(model, whole, options=options)
 
@@ -119,7 +119,3 @@ def load_scheduler(scheduler: Any, path: Path) -> None:
     if "_last_lr" in fresh:
         saved["_last_lr"] = saved["_last_lr"][:1] * len(fresh["_last_lr"])
     scheduler.load_state_dict(saved)
-
-
-def _plain(name: str) -> str:
-    return name.replace("_checkpoint_wrapped_module.", "")
