@@ -37,7 +37,7 @@ from load_worker import Job, work
 from provenance import provenance
 from result_file import write
 
-from qwen3_sft.dry_run import model_on_meta
+from qwen3_sft.meta_model import model_on_meta
 
 AS_FOUND = " as found"
 NAMES = (*LAUNCHES, f"native fsdp 2{AS_FOUND}", f"fsdp{AS_FOUND}")

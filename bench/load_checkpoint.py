@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import Qwen3MoeConfig
 
-from qwen3_sft.dry_run import model_on_meta
 from qwen3_sft.hub_writer import HubWriter
 from qwen3_sft.known_models import KNOWN_CONFIGS
+from qwen3_sft.meta_model import model_on_meta
 
 FILE_BYTES = 200 * 10**6
 SIZES: dict[str, dict[str, int]] = {

@@ -1,159 +1,83 @@
 """Time whole training steps through the trainer that a run uses.
 
-20 steps after 5 warm-up steps, on packed documents of log-normal length (median 270 tokens), random
-weights and hence nearly uniform routing. `--compare` repeats it with transformers' own experts
-(`grouped_mm`) in the same process.
+20 steps after 5, with random weights at full width, in the arguments that a run would resolve.
+Each name in `--rows` is one measurement in the same process: `ours` is what the options say,
+`transformers` is plain transformers (grouped_mm experts, sdpa, its own router and norms, full
+checkpointing, no balance loss, the optimizer after the backward pass), `grouped_mm` is ours with
+transformers' experts. All of them share the trainer, the data, the dtype, the optimizer and the
+cross entropy in chunks of labelled positions; with sdpa the rows are a batch (R, L).
 
-    python bench/step.py --model demo
-    python bench/step.py --model 30b --layers 4 --max_length 8192 --out bench/results/step.json
+    python bench/step.py --model demo --breakdown
+    python bench/step.py --model 30b --layers 4 --max_length 4096 --batch 4 --dtype autocast --peer
+
+A file is written after each row, so that a run that is cut off keeps what it has; a row that fails
+is in it with its error. Peak memory on a CPU is that of the process since its start.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from provenance import provenance
 from result_file import write
-from transformers import AutoModelForCausalLM, PrinterCallback, Qwen3MoeConfig
+from step_breakdown import table
+from step_measure import attempt, resolve
+from step_options import ROWS, StepOptions, pick, row_options
+from transformers import HfArgumentParser
 
-import monkey_patch
-from qwen3_sft.args import EXPERT_PATCHES, ModelArguments, TrainArguments
-from qwen3_sft.collator import PackedCollator
-from qwen3_sft.demo.model import tiny_config
-from qwen3_sft.engine import Engine
-from qwen3_sft.hardware import device_info
-from qwen3_sft.known_models import KNOWN_CONFIGS
 from qwen3_sft.logs import set_up_logging
-from qwen3_sft.metrics import StepLines
-from qwen3_sft.model import choose_attention
-from qwen3_sft.packing import PackedDataset
-from qwen3_sft.patches import choose_patches
-from qwen3_sft.trainer import SftTrainer
-
-WARM_UP, STEPS = 5, 20
+from qwen3_sft.recipe import UsageError
 
 
-class RandomDocuments:
-    """Documents of log-normal length; two thirds of their tokens carry labels."""
-
-    def __init__(self, tokens: int, max_length: int, vocabulary: int) -> None:
-        rng = np.random.default_rng(0)
-        lengths = rng.lognormal(5.6, 0.9, 4 * tokens // 270).astype(np.int64)
-        lengths = np.clip(lengths, 8, max_length)
-        self.lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), tokens)) + 1]
-        self.vocabulary = vocabulary
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        rng, length = np.random.default_rng(index), int(self.lengths[index])
-        ids = rng.integers(0, self.vocabulary, length, dtype=np.int32)
-        return ids, np.arange(length) >= length // 3
+def parser(description: str | None, **defaults: Any) -> HfArgumentParser:
+    """Return a parser of `StepOptions` with other defaults where given."""
+    made = HfArgumentParser(
+        StepOptions,  # type: ignore[bad-argument-type]
+        description=(description or "").splitlines()[0],
+        allow_abbrev=False,
+    )
+    made.set_defaults(**defaults)
+    return made
 
 
-def measure(options: argparse.Namespace, experts: str) -> dict[str, Any]:
-    """Return the medians over the counted steps for one experts implementation."""
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainArguments(
-            output_dir=folder, max_steps=WARM_UP + STEPS, save_strategy="no", disable_tqdm=True,
-            per_device_train_batch_size=options.batch, bf16=options.dtype == "autocast",
-            activation_checkpointing=options.activation_checkpointing, optim=options.optim,
-        )  # fmt: skip
-        model, attention = build_model(options, args, experts)
-        rows = options.batch * args.max_steps
-        documents = RandomDocuments(
-            rows * options.max_length, options.max_length, model.config.vocab_size
-        )
-        trainer = SftTrainer(
-            model=model, args=args, data_collator=PackedCollator(options.max_length, 0),
-            train_dataset=PackedDataset(
-                documents, options.max_length, rows_multiple_of=options.batch
-            ),
-            router_statistics=monkey_patch.router_statistics(model),
-            peak_flops=device_info().peak_flops["fp32" if options.dtype == "float32" else "bf16"],
-            metrics_file=StepLines(Path(folder) / "metrics.jsonl"), run_facts={},
-            engine=Engine("single"),
-        )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines][WARM_UP:]
-    names = ("step_time_s", "tokens_per_second_per_gpu", "model_tflops_per_gpu", "mfu")
-    return {
-        "experts_implementation": experts,
-        "attn_implementation": attention,
-        **{name: _median([r[name] for r in records]) for name in names},
-        "tokens_per_step": _median([r["tokens"] for r in records]),
-        "peak_memory_gib": max(r["peak_memory_gib"] for r in records),
-        "loss_first": records[0]["loss"],
-        "loss_last": records[-1]["loss"],
-    }
-
-
-def build_model(options: argparse.Namespace, args: TrainArguments, experts: Any) -> tuple[Any, str]:
-    """Return a patched model with random weights on the device, and its attention."""
-    sizes = dict(KNOWN_CONFIGS["Qwen/Qwen3-30B-A3B"])
-    config = tiny_config() if options.model == "demo" else Qwen3MoeConfig(**sizes)
-    if options.layers:
-        config.num_hidden_layers = options.layers
-    weights = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
-    torch.manual_seed(0)
-    with args.device:
-        model = AutoModelForCausalLM.from_config(config, dtype=weights)
-    model.config.use_cache = False
-    if experts not in EXPERT_PATCHES:
-        model.set_experts_implementation(experts)
-    compute = weights if options.dtype == "float32" else torch.bfloat16
-    attention, _ = choose_attention(options.attn_implementation, args.device, compute)
-    if attention != "torch_varlen":
-        model.set_attn_implementation(attention)
-    choice = ModelArguments(experts_implementation=experts)
-    monkey_patch.apply_patches(model, choose_patches(choice, attention))
-    return model, attention
+def report(rows: dict[str, StepOptions]) -> Iterator[dict[str, Any]]:
+    """Measure row after row; yield the report so far after each."""
+    result: dict[str, Any] = {"benchmark": "step", **provenance(), "results": []}
+    for name, options in rows.items():
+        result["results"].append({"name": name, **attempt(options)})
+        yield result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the JSON and write it where `--out` says."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=("demo", "30b"), default="demo")
-    parser.add_argument("--layers", type=int, help="decoder layers; default: the model's own")
-    parser.add_argument("--max_length", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=1, help="rows per step")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "autocast"), default="float32")
-    parser.add_argument("--optim", default="adamw_torch_fused")
-    parser.add_argument("--attn_implementation", default="auto")
-    parser.add_argument("--activation_checkpointing", action="store_true")
-    parser.add_argument("--compare", action="store_true", help="transformers' grouped_mm beside")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(argv)
+    made = parser(__doc__)
+    made.add_argument("--rows", nargs="+", choices=ROWS, default=["ours"])
+    made.add_argument("--peer", action="store_true", help="adds the row transformers")
+    made.add_argument("--compare", action="store_true", help="adds the row grouped_mm")
+    made.add_argument("--out", type=Path)
+    chosen = made.parse_args(argv)
     set_up_logging()
-    experts = ["scatter_moe", *(["grouped_mm"] if options.compare else [])]
-    result = {
-        "benchmark": "step",
-        **provenance(),
-        "options": {k: v for k, v in vars(options).items() if k != "out"},
-        "warm_up_steps": WARM_UP,
-        "counted_steps": STEPS,
-        "results": [measure(options, name) for name in experts],
-    }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        write(options.out, text + "\n")
-
-
-def _median(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
+    added = [*["transformers"] * chosen.peer, *["grouped_mm"] * chosen.compare]
+    names = dict.fromkeys([*chosen.rows, *added])
+    try:
+        rows = {name: row_options(pick(vars(chosen)), name) for name in names}
+        for options in rows.values():
+            resolve(options, Path("runs"))
+    except UsageError as error:
+        made.error(str(error))
+    result: dict[str, Any] = {}
+    for result in report(rows):
+        if chosen.out:
+            write(chosen.out, json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    for row in result["results"]:
+        if "breakdown" in row:
+            print(f"\n{row['name']}:", *table(row["breakdown"]), sep="\n")
+    if failed := [row["name"] for row in result["results"] if "error" in row]:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -65,9 +65,13 @@ class LayerStatistics:
         self.fresh = torch.ones((), dtype=torch.int64, device=device)
 
     def add(self, tokens_per_expert: torch.Tensor, sums: torch.Tensor) -> None:
-        """Accumulate one forward's numbers unless they are a recomputation's."""
-        self.tokens_per_expert += tokens_per_expert * self.fresh
-        self.sums += sums * self.fresh
+        """Accumulate one forward's numbers unless they are a recomputation's.
+
+        In place and by method: torch.compile takes a checkpointed region that writes to a tensor,
+        but none that assigns to an attribute, which `+=` does.
+        """
+        self.tokens_per_expert.add_(tokens_per_expert * self.fresh)
+        self.sums.add_(sums * self.fresh)
         self.fresh.zero_()
 
     def reset(self) -> None:

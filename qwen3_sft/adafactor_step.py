@@ -20,12 +20,16 @@ from qwen3_sft.low_bit_step import MAX_GRAPHS, Clip
 # Elements of a slice; at least one row of one matrix.
 SLICE = 1 << 20
 _COMPILED_SLICE = 1 << 26
+_ADAFACTORS = {
+    ("transformers.optimization", "Adafactor"),
+    ("qwen3_sft.sliced_adafactor", "SlicedAdafactor"),
+}
 
 
 def is_sliceable(optimizer: Any) -> bool:
     """Tell whether it is transformers' Adafactor as the Trainer makes it: own lr, no momentum."""
     kind = (type(optimizer).__module__, type(optimizer).__name__)
-    return kind == ("transformers.optimization", "Adafactor") and not any(
+    return kind in _ADAFACTORS and not any(
         optimizer.defaults[name] for name in ("beta1", "relative_step", "scale_parameter")
     )
 
@@ -66,7 +70,8 @@ class AdafactorStep:
         for at, rows in slices:
             squares += square_sum(gradient[at, rows], *norms, *factors.part(at, rows))
         rms = (squares / parameter.numel()).sqrt()
-        lr = torch.where(clip.norm.isfinite(), group["lr"], 0.0)
+        # Not torch.where: a number in it is copied to the GPU, which the host waits for.
+        lr = torch.full_like(clip.norm, group["lr"]).masked_fill(~clip.norm.isfinite(), 0.0)
         size = lr / (rms / group["clip_threshold"]).clamp(min=1.0)
         decay = group["weight_decay"] * lr
         for at, rows in slices:
@@ -128,7 +133,7 @@ def _slices(shape: torch.Size, size: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _scaled(gradient: Tensor, norm: Tensor, scale: Tensor) -> Tensor:
-    return torch.where(norm.isfinite(), gradient.float() * scale, 0.0)
+    return (gradient.float() * scale).masked_fill(~norm.isfinite(), 0.0)
 
 
 def _statistics(gradient: Tensor, norm: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:

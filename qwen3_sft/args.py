@@ -184,11 +184,24 @@ class TrainArguments(TrainingArguments):
         default=None,
         metadata={"help": "load-balancing loss; default: the model config's; 0 switches it off"},
     )
-    activation_checkpointing_policy: Literal["full", "selective"] = field(
-        default="full",
+    activation_checkpointing: Literal[  # type: ignore[bad-override-mutable-attribute]
+        "none", "selective", "full", "auto"
+    ] = field(
+        default="none",
         metadata={
-            "help": "with --activation_checkpointing: full keeps a layer's input alone; selective "
-            "also attention, its projection, the experts' output and the routing"
+            "help": "what the backward pass computes again: full, all but a layer's input; "
+            "selective, what costs little; auto, as little as the GPU's memory allows"
+        },
+    )
+    activation_offload: bool = field(
+        default=False,
+        metadata={"help": "with checkpointing: keep the layers' inputs in host memory"},
+    )
+    memory_warm_up: bool | None = field(
+        default=None,
+        metadata={
+            "help": "allocate all that training needs before the first step, so that a lack of "
+            "memory shows at once; default: on a GPU"
         },
     )
     max_bad_steps: int = field(
@@ -216,9 +229,15 @@ class TrainArguments(TrainingArguments):
         default=3, metadata={"help": "held-out prompts completed at each evaluation"}
     )
     sample_max_new_tokens: int = field(default=64, metadata={"help": "length of a completion"})
+    torch_compile: bool = field(
+        default=False, metadata={"help": "compile each decoder layer, not the model as a whole"}
+    )
     dry_run: bool = field(
         default=False, metadata={"help": "print command, patches and memory, then stop"}
     )
+    # What this project puts in place itself; transformers sees its own switches off.
+    checkpointing: Literal["none", "selective", "full", "auto"] = field(init=False, default="none")
+    compiles_layers: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         """Refuse what would be ignored or wrong here, then let transformers check the rest.
@@ -229,6 +248,8 @@ class TrainArguments(TrainingArguments):
         for name, (bad, reason) in REFUSED.items():
             if getattr(self, name) not in bad:
                 raise ValueError(f"--{name} {getattr(self, name)}: {reason}")
+        self.checkpointing, self.activation_checkpointing = self.activation_checkpointing, False
+        self.compiles_layers, self.torch_compile = self.torch_compile, False
         super().__post_init__()
 
 
@@ -245,6 +266,11 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "enable_jit_checkpoint": (_OFF, "not exact with dropout; not supported"),
     "resume_from_checkpoint": (_OFF, "set --resume PATH instead"),
     "train_sampling_strategy": (("random",), "packing balances the rows; leave it at random"),
+    "gradient_checkpointing": (_OFF, "set --activation_checkpointing full or selective instead"),
+    "gradient_checkpointing_kwargs": (_OFF, "set --activation_checkpointing instead"),
+    "activation_checkpointing_kwargs": (_OFF, "see --activation_checkpointing and _offload"),
+    "torch_compile_backend": (_OFF, "layers are compiled by inductor; leave it out"),
+    "torch_compile_mode": (_OFF, "not supported; leave it out"),
     "fsdp": (("", None, False, []), "launch with --config_file config/fsdp.json instead"),
     "deepspeed": (_OFF, "launch with --config_file config/zero3.json or config/zero2.json instead"),
 }  # fmt: skip

@@ -16,7 +16,8 @@ and a gradient cannot be summed over micro-batches. Instead of the exact norm a 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,12 @@ class BackwardOptimizer:
     """Hooks on every trainable parameter of a model that step its optimizer.
 
     Call `norm()` and then `end_step()` once after each backward pass.
+
+    Attributes:
+        optimizer: the one it steps.
+        lost_updates: how much of the updates survives rounding.
+        updating: name of the parameter that is being updated, None between updates. It stays where
+            an update fails.
     """
 
     def __init__(
@@ -67,7 +74,8 @@ class BackwardOptimizer:
         if clip == "global" and max_grad_norm > 0:
             raise ValueError("the exact global norm is known only after the backward pass")
         kind = (type(optimizer).__module__, type(optimizer).__name__)
-        if not is_low_bit(optimizer) and kind not in _WHOLE_STEP:
+        in_slices = is_low_bit(optimizer) or is_sliceable(optimizer)
+        if not in_slices and kind not in _WHOLE_STEP:
             raise ValueError(f"{'.'.join(kind)} cannot step one parameter at a time")
         self.optimizer = optimizer
         self.clip, self.max_grad_norm = clip, max_grad_norm
@@ -83,6 +91,8 @@ class BackwardOptimizer:
         if missing := [name for p, name in self._names.items() if p not in self._groups]:
             raise ValueError(f"the optimizer does not know {missing[:3]}")
         self._updated: set[int] = set()
+        self._is_rehearsal = False
+        self.updating: str | None = None
         self._make_buffers(list(self._names))
         self._handles = [
             p.register_post_accumulate_grad_hook(self._hook(i)) for i, p in enumerate(self._names)
@@ -121,16 +131,20 @@ class BackwardOptimizer:
                 f"a second gradient of {self._names[parameter]} arrived in one step; with "
                 "--optimizer_in_backward a step is one backward pass"
             )
+        self.updating = self._names[parameter]
         if not self._updated:  # a checkpoint may have been loaded since the last step
             self._previous.fill_(self._previous_norm() or 0.0)
-        self._updated.add(index)
         clip = self._clip(index, parameter)
         group = self.optimizer.param_groups[self._groups[parameter]]
+        if self._is_rehearsal:
+            clip.norm.fill_(math.nan)
+        else:
+            self._updated.add(index)
         if self._adafactor is not None:
             self._adafactor(parameter, group, clip)
         elif self._low_bit is None:
             self._whole_step(parameter, group, clip)
-        elif parameter.dtype is torch.bfloat16 and self.lost_updates.takes(index):
+        elif self._is_sampled(index, parameter):
             window = self.lost_updates.window(parameter)
             before, exact = self._low_bit.preview(parameter, group, clip, *window)
             self._low_bit(parameter, group, clip)
@@ -138,6 +152,11 @@ class BackwardOptimizer:
         else:
             self._low_bit(parameter, group, clip)
         parameter.grad = None
+        self.updating = None
+
+    def _is_sampled(self, index: int, parameter: Tensor) -> bool:
+        is_rounded = parameter.dtype is torch.bfloat16
+        return is_rounded and not self._is_rehearsal and self.lost_updates.takes(index)
 
     def _clip(self, index: int, parameter: Tensor) -> Clip:
         gradient = parameter.grad
@@ -167,13 +186,36 @@ class BackwardOptimizer:
         else:
             gradient.masked_fill_(is_bad, 0)
         if self.max_grad_norm > 0:
-            gradient.mul_(torch.where(is_bad, 1.0, clip.scale()))
+            # Not torch.where: a number in it is copied to the GPU, which the host waits for.
+            gradient.mul_(clip.scale().masked_fill(is_bad, 1.0))
         groups = self.optimizer.param_groups
         self.optimizer.param_groups = [{**group, "params": [parameter]}]
         try:
             self.optimizer.step()
         finally:
             self.optimizer.param_groups = groups
+
+    # ---- before the first step ----
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Have backward passes inside do all an update does, but for changing a weight.
+
+        Every gradient counts as one that is not finite. Weights of optimizers of others than
+        torchao's stay only with a learning rate of 0. The states move on; the caller sees to them.
+        """
+        self._is_rehearsal = True
+        try:
+            yield
+        finally:
+            self._is_rehearsal = False
+            self._norms.zero_()
+
+    def update_all(self) -> None:
+        """Update each parameter by a gradient of zeros, one at a time, as in a backward pass."""
+        for index, parameter in enumerate(self._names):
+            parameter.grad = torch.zeros_like(parameter)
+            self._update(index, parameter)
 
     # ---- after the backward pass ----
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from monkey_patch.router_aux_loss import router_statistics
+from qwen3_sft.activation_checkpointing import enable_checkpointing
 from qwen3_sft.args import DataArguments, TrainArguments
 from qwen3_sft.checkpoint import step_of
 from qwen3_sft.collator import PackedCollator
@@ -26,11 +28,13 @@ from qwen3_sft.data.prepare import TokenDataset
 from qwen3_sft.engine import Engine
 from qwen3_sft.hardware import device_info
 from qwen3_sft.isolation import check_isolation
+from qwen3_sft.layer_compile import RecompileWatch, compile_layers
 from qwen3_sft.metrics import StepLines
 from qwen3_sft.packing import PackedDataset
+from qwen3_sft.plan import RunPlan
+from qwen3_sft.plan_check import PlanCheck
 from qwen3_sft.recipe import UsageError
 from qwen3_sft.run_folder import RunFolder, versions
-from qwen3_sft.selective_checkpointing import enable_selective_checkpointing
 from qwen3_sft.trainer import SftTrainer
 from qwen3_sft.trainer_checkpoint import rows_per_step
 
@@ -46,7 +50,7 @@ def build_trainer(
     data: DataArguments,
     folder: RunFolder,
     checkpoint: Path | None,
-    engine: Engine,
+    plan: RunPlan,
 ) -> SftTrainer:
     """Return the trainer of one run, its datasets packed for this world size.
 
@@ -59,11 +63,12 @@ def build_trainer(
         data: row length and packing.
         folder: where metrics and samples go.
         checkpoint: what the run resumes from, None for a fresh start.
-        engine: what spreads the run over processes.
+        plan: what spreads the run over processes, and which layers compute again.
 
     Raises:
         UsageError: accelerate did not switch the engine on.
     """
+    engine = plan.engine
     train_rows, eval_rows = _pack(args, train_tokens, eval_tokens, data)
     statistics = router_statistics(model)
     if args.router_aux_loss_coef is not None:
@@ -80,7 +85,7 @@ def build_trainer(
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         callbacks=_callbacks(
-            args, train_rows, eval_tokens, tokenizer, data, folder, resume_step, engine
+            args, train_rows, eval_tokens, tokenizer, data, folder, resume_step, plan
         ),
         router_statistics=statistics,
         peak_flops=_peak_flops(args, model),
@@ -89,22 +94,18 @@ def build_trainer(
         engine=engine,
     )
     _check_engine(trainer, engine)
-    _prepare_engine(trainer, engine)
-    trainer.remove_callback(PrinterCallback)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, CompletionCallback | StartCallback):
-            callback.trainer = trainer
-    return trainer
-
-
-def _prepare_engine(trainer: SftTrainer, engine: Engine) -> None:
-    """Set what accelerate and the Trainer would set otherwise when training begins."""
-    args = trainer.args
     if engine.kind == "fsdp" and args.bf16:
         set_fsdp_precision(trainer.accelerator.state.fsdp_plugin)
-    if args.activation_checkpointing and args.activation_checkpointing_policy == "selective":
-        enable_selective_checkpointing(trainer.model)
-        args.activation_checkpointing = False  # the Trainer would put its own in place
+    enable_checkpointing(trainer.model, plan.layers, offload=args.activation_offload)
+    if args.compiles_layers:
+        compile_layers(trainer.model)
+        trainer.recompile_watch = RecompileWatch()
+        trainer.add_callback(trainer.recompile_watch)
+    trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, CompletionCallback | StartCallback | PlanCheck):
+            callback.trainer = trainer
+    return trainer
 
 
 def _pack(
@@ -142,16 +143,20 @@ def _callbacks(
     data: DataArguments,
     folder: RunFolder,
     resume_step: int | None,
-    engine: Engine,
+    plan: RunPlan,
 ) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [
         EpochCallback(train_rows),
         StartCallback(data.max_length, tokenizer.pad_token_id),
-    ]
+        PlanCheck(
+            plan.components(), plan.expected and plan.expected.tokens_per_second,
+            partial(folder.write_json, "plan_check.json"),
+        ),
+    ]  # fmt: skip
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
     first = args.process_index == 0
-    if eval_tokens is not None and args.num_samples and (first or engine.shards_weights):
+    if eval_tokens is not None and args.num_samples and (first or plan.engine.shards_weights):
         prompts = pick_prompts(eval_tokens, tokenizer, args.num_samples, data.max_length)
         callbacks.append(
             CompletionCallback(

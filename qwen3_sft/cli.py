@@ -15,6 +15,8 @@ USAGE = """usage: qwen3-sft COMMAND ...
 
   train [--config RECIPE] [--option value ...]   fine-tune; without options the embedded demo
   train --help                                   every option
+  plan RECIPE [--gpus 8xH200] [--format text|json] [--option value ...]
+                                                 memory, verdict and expected speed, without a GPU
   data inspect --dataset F --model_name_or_path M [-n N] [--format text|json] [--option value ...]
                                                  samples with the trained text marked
   export CHECKPOINT FOLDER [--dtype DTYPE]       a checkpoint of a run as a hub model, verified
@@ -29,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
             from qwen3_sft.launch import launch
 
             return launch(rest) if not {"-h", "--help"} & set(rest) else _train_help()
+        case ["plan", *rest]:
+            return _plan(rest)
         case ["data", "inspect", *rest]:
             return _inspect(rest)
         case ["export", *rest]:
@@ -46,6 +50,24 @@ def _train_help() -> int:
 
     print(help_text(), end="")
     return 0
+
+
+def _plan(argv: list[str]) -> int:
+    """Print the plan; what libraries print goes to standard error."""
+    output = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        set_up_logging(sys.stderr)
+        from qwen3_sft.plan_command import plan_command
+        from qwen3_sft.recipe import UsageError
+
+        try:
+            lines, exit_code = plan_command(argv)
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    for line in lines:
+        print(line, file=output)
+    return exit_code
 
 
 def _inspect(argv: list[str]) -> int:

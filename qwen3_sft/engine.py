@@ -137,7 +137,7 @@ def _fsdp(env: Mapping[str, str], world_size: int) -> Engine:
     if _is_true(env, "FSDP_ACTIVATION_CHECKPOINTING"):
         raise UsageError(
             "fsdp_activation_checkpointing would checkpoint outside of the Trainer's control; set "
-            "it to false and use --activation_checkpointing true"
+            "it to false and use --activation_checkpointing full"
         )
     if world_size == 1:
         raise UsageError("FSDP over one process shards nothing; launch with config/single.json")

@@ -12,6 +12,7 @@ from transformers import set_seed
 
 from qwen3_sft.args import TrainArguments
 from qwen3_sft.engine import Engine
+from qwen3_sft.layer_compile import check_compile
 from qwen3_sft.recipe import Options, UsageError
 
 logger = logging.getLogger(__name__)
@@ -46,13 +47,13 @@ def final_arguments(options: Options, engine: Engine, *, has_eval: bool) -> Trai
         values["accelerator_config"] = {"non_blocking": True}  # batches are copied ahead
     if values["ddp_find_unused_parameters"] is None:
         values["ddp_find_unused_parameters"] = False  # every expert gets a gradient, zeros if idle
-    _accumulate(values, int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    values["gradient_accumulation_steps"] = accumulation_steps(values, world_size)
     _default_evaluation(values, has_eval=has_eval)
     _check_engine(values, engine)
     _check_backward_optimizer(values, engine)
-    if engine.kind == "single" and options.model.dtype == "bfloat16":
-        _round_stochastically(values)
-    _match_experts(options)
+    check_compile(options, engine)
+    values["optim_args"] = optimizer_arguments(options, engine)
     args = options.train_arguments()
     if args.n_gpu > 1:
         raise UsageError(
@@ -79,16 +80,16 @@ def _check_reporters(values: dict[str, Any]) -> None:
             raise UsageError(f"--report_to {reporter}: not installed; pip install {reporter}")
 
 
-def _accumulate(values: dict[str, Any], world_size: int) -> None:
-    """Turn the rows of a step into micro-batches per process.
+def accumulation_steps(values: dict[str, Any], world_size: int) -> int:
+    """Return the micro-batches of a step, from the rows of a step if those are given.
 
     Raises:
         UsageError: they do not divide, or both are given.
     """
-    rows = values["global_batch_size"]
+    rows, given = values["global_batch_size"], values["gradient_accumulation_steps"]
     if rows is None:
-        return
-    if values["gradient_accumulation_steps"] != 1:
+        return given
+    if given != 1:
         raise UsageError(
             "--global_batch_size and --gradient_accumulation_steps are both set: leave one out"
         )
@@ -100,7 +101,7 @@ def _accumulate(values: dict[str, Any], world_size: int) -> None:
             f"processes x per_device_train_batch_size {values['per_device_train_batch_size']}); "
             f"the nearest are {fits} and {fits + at_once}"
         )
-    values["gradient_accumulation_steps"] = rows // at_once
+    return rows // at_once
 
 
 def _default_evaluation(values: dict[str, Any], *, has_eval: bool) -> None:
@@ -115,25 +116,6 @@ def _default_evaluation(values: dict[str, Any], *, has_eval: bool) -> None:
         )
     if values["early_stopping_patience"] is not None and not values["load_best_model_at_end"]:
         raise UsageError("--early_stopping_patience needs --load_best_model_at_end true")
-
-
-def _match_experts(options: Options) -> None:
-    """Selective checkpointing keeps the experts' output, so their first product must not be kept.
-
-    Raises:
-        UsageError: the policy is set and checkpointing is off.
-    """
-    values = options.train_values
-    if values["activation_checkpointing_policy"] != "selective":
-        return
-    if not values["activation_checkpointing"]:
-        raise UsageError(
-            "--activation_checkpointing_policy selective does nothing without "
-            "--activation_checkpointing true"
-        )
-    if options.model.experts_implementation == "scatter_moe":
-        options.model.experts_implementation = "scatter_moe_recompute"
-        logger.info("experts: scatter_moe_recompute, which selective checkpointing needs")
 
 
 def _check_engine(values: dict[str, Any], engine: Engine) -> None:
@@ -155,15 +137,15 @@ def _check_engine(values: dict[str, Any], engine: Engine) -> None:
                 "--save_only_model true: DeepSpeed's checkpoints hold the weights in the parts of "
                 "its optimizer; leave it out, the final model is exported without the optimizer"
             )
-    optimizer = _optimizer(values)
+    optimizer = optimizer_name(values)
     if engine.shards_weights and ("8bit" in optimizer or "adafactor" in optimizer):
         raise UsageError(
             f"--optim {optimizer} is not tested on sharded weights; use adamw_torch_fused"
         )
 
 
-def _optimizer(values: dict[str, Any]) -> str:
-    """The name behind --optim, which is an enum by default and a word if it was given."""
+def optimizer_name(values: dict[str, Any]) -> str:
+    """Return the name behind --optim, which is an enum by default and a word if it was given."""
     return str(getattr(values["optim"], "value", values["optim"]))
 
 
@@ -206,22 +188,29 @@ def _check_backward_optimizer(values: dict[str, Any], engine: Engine) -> None:
         )
     if values["fp16"]:
         raise UsageError(f"{name} has no loss scaling: set --bf16 true instead of --fp16")
-    optim = _optimizer(values)
+    optim = optimizer_name(values)
     if optim not in _IN_BACKWARD:
         raise UsageError(f"{name} does not know --optim {optim}: use one of {list(_IN_BACKWARD)}")
 
 
-def _round_stochastically(values: dict[str, Any]) -> None:
-    """Turn on torchao's stochastic rounding; off, its default, bf16 weights lose most updates."""
-    optim, given = _optimizer(values), values["optim_args"]
-    is_low_bit = optim in ("adamw_torch_8bit", "adamw_torch_4bit")
-    if is_low_bit and "bf16_stochastic_round" not in str(given):
-        values["optim_args"] = ",".join(filter(None, [given, "bf16_stochastic_round=True"]))
-        logger.info("weights in bfloat16: rounded stochastically (%s)", values["optim_args"])
+def optimizer_arguments(options: Options, engine: Engine) -> str | None:
+    """Return --optim_args with stochastic rounding, unless they say something of it themselves.
+
+    Without it, which is the optimizers' default, bfloat16 weights lose most updates.
+    """
+    values = options.train_values
+    optim, given = optimizer_name(values), values["optim_args"]
+    can = optim in ("adamw_torch_8bit", "adamw_torch_4bit")
+    # In the backward pass Adafactor steps in slices whatever its class.
+    can = can or (optim == "adafactor" and not values["optimizer_in_backward"])
+    is_alone = engine.kind == "single" and options.model.dtype == "bfloat16"
+    if not (can and is_alone) or "bf16_stochastic_round" in str(given):
+        return given
+    return ",".join(filter(None, [given, "bf16_stochastic_round=True"]))
 
 
 def _rounds_stochastically(values: dict[str, Any]) -> bool:
-    optim = _optimizer(values)
+    optim = optimizer_name(values)
     if values["optimizer_in_backward"] and optim == "adafactor":
         return True
     return "bf16_stochastic_round=true" in str(values["optim_args"]).lower()

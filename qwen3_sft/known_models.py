@@ -1,7 +1,9 @@
 """Configurations of released models, so that planning needs no network.
 
-Source: config.json of the hub repositories named. Only what differs from Qwen3MoeConfig's defaults
-in transformers 5.23 or decides sizes is listed.
+Source: config.json of the hub repositories named. Only what decides sizes is listed, where it
+differs from transformers 5.23's defaults or where those could change; rotary bases and lengths are
+not, so a model to train is never built from these. The instruct, thinking and coder models of a
+size differ from its first release in nothing that is listed here.
 """
 
 from __future__ import annotations
@@ -22,10 +24,41 @@ _30B_A3B: dict[str, Any] = {
     "norm_topk_prob": True,
     "tie_word_embeddings": False,
 }
+_235B_A22B: dict[str, Any] = _30B_A3B | {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 94,
+    "num_attention_heads": 64,
+}
+# Of a composite config: the same decoder, whose router always renormalises, and a vision tower.
+_VL_30B_A3B: dict[str, Any] = {
+    "text_config": {name: _30B_A3B[name] for name in _30B_A3B if name != "norm_topk_prob"},
+    "vision_config": {
+        "depth": 27,
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_heads": 16,
+        "out_hidden_size": 2048,
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": [8, 16, 24],
+    },
+    "tie_word_embeddings": False,
+}
 
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-30B-A3B": _30B_A3B,
     "Qwen/Qwen3-30B-A3B-Base": _30B_A3B,
     "Qwen/Qwen3-30B-A3B-Instruct-2507": _30B_A3B,
     "Qwen/Qwen3-30B-A3B-Thinking-2507": _30B_A3B,
+    # Its unused dense width is 5,472: no layer is dense.
+    "Qwen/Qwen3-Coder-30B-A3B-Instruct": _30B_A3B | {"intermediate_size": 5472},
+    "Qwen/Qwen3-235B-A22B": _235B_A22B,
+    "Qwen/Qwen3-235B-A22B-Instruct-2507": _235B_A22B,
+    "Qwen/Qwen3-235B-A22B-Thinking-2507": _235B_A22B,
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": _VL_30B_A3B,
+    "Qwen/Qwen3-VL-30B-A3B-Thinking": _VL_30B_A3B,
 }

@@ -58,6 +58,7 @@ def choose(
     nodes: int = 1,
     gpu_memory_gib: float | None,
     environment: Mapping[str, str],
+    needs_data: bool = True,
 ) -> Choice:
     """Choose the launch file and the sharding sizes.
 
@@ -67,6 +68,7 @@ def choose(
         nodes: machines.
         gpu_memory_gib: of one GPU; None if unknown, which shards.
         environment: ACCELERATE_CONFIG in it wins over everything.
+        needs_data: whether a missing dataset is an error.
 
     Raises:
         UsageError: the options are wrong, or a file that is named does not exist.
@@ -82,7 +84,7 @@ def choose(
         return Choice(CONFIG / "single.json", [], [], "one GPU" if world_size else "no GPU")
     from qwen3_sft.recipe import parse_options
 
-    options = parse_options(options_argv)
+    options = parse_options(options_argv, needs_data=needs_data)
     if own := _own_sizes(options_argv, options):
         run_flags, reason = [], f"{world_size} GPUs, {' and '.join(own)} as the options say"
     else:
@@ -194,7 +196,7 @@ def _sharding(
 
 def planned_model(options: Options) -> tuple[PreTrainedModel, str]:
     """Return the model on the meta device without any download, and what had to be assumed."""
-    from qwen3_sft.dry_run import known_config, model_on_meta
+    from qwen3_sft.meta_model import known_config, model_on_meta
 
     name, revision = options.model.model_name_or_path, options.model.model_revision
     if config := known_config(name) or _local_config(name, revision):

@@ -1,4 +1,7 @@
-"""torchao's AdamWFp8, which transformers has no name for: `--optim_args states=fp8`."""
+"""Optimizers that transformers has no name for, asked for with `--optim_args`.
+
+`states=fp8` is torchao's AdamWFp8; `bf16_stochastic_round=True` with Adafactor is ours in slices.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ _STATES = ("8bit", "fp8")
 
 
 def with_states(optim: str, optim_args: str | None, chosen: tuple[Any, dict]) -> tuple[Any, dict]:
-    """Replace the optimizer class that transformers chose by the one that `states=` asks for.
+    """Replace the optimizer class that transformers chose by the one that `optim_args` asks for.
 
     Args:
         optim: value of --optim.
@@ -21,7 +24,12 @@ def with_states(optim: str, optim_args: str | None, chosen: tuple[Any, dict]) ->
         UsageError: unknown states, or states for another optimizer.
     """
     pairs = (pair.split("=", 1) for pair in (optim_args or "").replace(" ", "").split(",") if pair)
-    states = {pair[0]: pair[-1] for pair in pairs}.get("states")
+    given = {pair[0]: pair[-1] for pair in pairs}
+    if optim == "adafactor" and given.get("bf16_stochastic_round", "").lower() == "true":
+        from qwen3_sft.sliced_adafactor import SlicedAdafactor
+
+        return SlicedAdafactor, chosen[1]
+    states = given.get("states")
     if states is None:
         return chosen
     if optim != "adamw_torch_8bit" or states not in _STATES:

@@ -164,7 +164,9 @@ def _operands(parameter: Tensor, state: dict[str, Any]) -> _Operands:
 
 
 def _scalars(clip: Clip, step: Tensor, group: dict[str, Any]) -> _Scalars:
-    return _Scalars(clip.norm, clip.scale(), step, group["lr"].to(clip.norm.device))
+    # A number goes along with the kernel; a tensor of the CPU's would be copied, and waited for.
+    lr = torch.full_like(clip.norm, float(group["lr"]))
+    return _Scalars(clip.norm, clip.scale(), step, lr)
 
 
 def _rule(group: dict[str, Any], *, rounds: bool) -> _Rule:
@@ -175,9 +177,10 @@ def _rule(group: dict[str, Any], *, rounds: bool) -> _Rule:
 def _update(operands: _Operands, scalars: _Scalars, rule: _Rule) -> None:
     from torchao.optim.adam import single_param_adam
 
-    is_finite = scalars.norm.isfinite()
-    gradient = torch.where(is_finite, operands.gradient.float() * scalars.scale, 0.0)
-    lr = torch.where(is_finite, scalars.lr, 0.0)
+    # Not torch.where: eagerly, a number in it is copied to the GPU, which the host waits for.
+    is_bad = ~scalars.norm.isfinite()
+    gradient = (operands.gradient.float() * scalars.scale).masked_fill(is_bad, 0.0)
+    lr = scalars.lr.masked_fill(is_bad, 0.0)
     single_param_adam(
         operands.parameter, gradient, scalars.step, operands.exp_avg, operands.exp_avg_sq, None,
         lr, rule.beta1, rule.beta2, rule.weight_decay, rule.eps,

@@ -9,23 +9,47 @@ the processes that share one copy:
     zero2          2 weights, (2 gradients, 4 master weights, 8 optimizer) / N
     zero3          (2 + 4 + 4 + 8) / N; offloaded, all but the weights are on the host
 
+Other optimizers keep other states (optimizer_memory.py). Stepping in the backward pass leaves one
+layer's gradients: autograd hands over those of both expert tensors before the first is updated.
+
 On top comes what exists for a moment: layers gathered from their shards, gradients on their way
-into shards. The host needs most while weights are read (transformers 5.23, `from_pretrained`), for
-which bench/results/load_memory_cpu.json has measurements.
+into shards or into a sum, temporaries of an update. The host needs most while weights are read
+(transformers 5.23, `from_pretrained`), for which bench/results/load_memory_cpu.json has
+measurements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
 
 from qwen3_sft.engine import Engine
+from qwen3_sft.model_sizes import Sizes, local_shapes
+from qwen3_sft.optimizer_memory import OptimizerChoice, state_bytes, update_bytes
 
 GIB = 2**30
+
+Component = Literal["weights", "gradients", "optimizer", "temporaries"]
+
+
+class Row(NamedTuple):
+    """Bytes on each GPU for one purpose.
+
+    Attributes:
+        component: what it is part of.
+        what: the words to print.
+        size: bytes.
+        in_step: whether it exists in the optimizer's step alone, when activations are gone.
+    """
+
+    component: Component
+    what: str
+    size: int
+    in_step: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,14 +59,34 @@ class Plan:
     Attributes:
         parameters: of the whole model.
         shards: processes that share one copy of what the engine shards.
-        gpu: bytes on each GPU.
+        rows: bytes on each GPU.
         host: bytes on each host, while loading or training; not all of it at the same time.
     """
 
     parameters: int
     shards: int
-    gpu: dict[str, int]
+    rows: tuple[Row, ...]
     host: dict[str, int]
+
+    @property
+    def gpu(self) -> dict[str, int]:
+        """Bytes on each GPU by the words of a row."""
+        return {row.what: row.size for row in self.rows}
+
+    def components(self, activations: int = 0) -> dict[str, int]:
+        """Return bytes on each GPU by component; with the activations they are the peak.
+
+        Where one backward pass makes a step, gradients appear while activations go, and the peak
+        is lower than the sum by up to the smaller of the two.
+
+        Args:
+            activations: of a micro-batch. They are gone in the optimizer's step, so of what exists
+                only then no more is counted than goes beyond them.
+        """
+        sizes = dict.fromkeys(get_args(Component), 0)
+        for row in self.rows:
+            sizes[row.component] += max(row.size - activations, 0) if row.in_step else row.size
+        return sizes
 
     @property
     def gpu_gib(self) -> float:
@@ -66,31 +110,7 @@ class Plan:
         yield from (f"  {size / GIB:10.2f} GiB  {what}" for what, size in self.host.items())
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Elements of a model and of its largest tensor, layer, experts of a layer, embedding."""
-
-    model: int
-    tensor: int
-    layer: int
-    layer_experts: int
-    end: int
-
-    @classmethod
-    def of(cls, model: Any) -> Sizes:
-        """Measure a model, which may be on the meta device."""
-        layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        return cls(
-            model=_elements(model),
-            tensor=max(p.numel() for p in model.parameters()),
-            layer=max(_elements(layer) for layer in layers),
-            layer_experts=max(
-                (_elements(m) for m in model.modules() if type(m).__name__.endswith("Experts")),
-                default=0,
-            ),
-            end=max(_elements(end) for end in ends if end is not None),
-        )
+_FUSED_ADAMW = OptimizerChoice()
 
 
 def memory_plan(
@@ -103,6 +123,8 @@ def memory_plan(
     gpus_per_node: int = 1,
     shards: int | None = None,
     deepspeed: Mapping[str, Any] | None = None,
+    optimizer: OptimizerChoice = _FUSED_ADAMW,
+    accumulates: bool = False,
 ) -> Plan:
     """Plan a run without loading anything.
 
@@ -115,6 +137,8 @@ def memory_plan(
         gpus_per_node: processes on one host.
         shards: processes that share one copy under accelerate's FSDP (HSDP); default: all.
         deepspeed: the DeepSpeed configuration, for the ZeRO engines.
+        optimizer: whose states and temporaries count; under ZeRO always AdamW.
+        accumulates: whether gradients are summed over micro-batches.
     """
     sizes = Sizes.of(model)
     if engine.kind in ("zero2", "zero3"):
@@ -122,55 +146,84 @@ def memory_plan(
         shards, is_offloaded = world_size, _is_offloaded(settings)
         summed = (deepspeed or {}).get("data_types", {}).get("grad_accum_dtype")
         gradient = torch.float32 if summed == "fp32" else compute
-        gpu = _zero(sizes, engine, compute, gradient, shards, settings)
+        rows = _zero(sizes, engine, compute, gradient, shards, settings)
     else:
         shards = engine.fsdp_size if engine.kind == "native" else shards or world_size
         is_offloaded = False
         if not engine.shards_weights:
             shards = 1
-            gpu = _whole(sizes, engine, weights, compute)
+            rows = _whole(sizes, engine, weights, compute, optimizer, accumulates=accumulates)
         else:
-            gpu = _sharded(sizes, engine, weights, compute, shards)
+            rows = _sharded(sizes, engine, weights, compute, shards)
+        rows += _optimizer(local_shapes(model, shards), optimizer, weights, shards)
     host = _loading(sizes, engine, weights, compute, shards, min(gpus_per_node, world_size))
     if is_offloaded:
         processes = min(gpus_per_node, world_size)
         host["offloaded optimizer, master weights and gradients"] = (
             processes * -(-sizes.model // shards) * (8 + 4 + 4 + compute.itemsize)
         )
-    return Plan(sizes.model, shards, gpu, host)
+    return Plan(sizes.model, shards, tuple(sorted(rows, key=_printed)), host)
+
+
+def _printed(row: Row) -> int:
+    return get_args(Component).index(row.component)
+
+
+def _optimizer(
+    shapes: Sequence[tuple[int, ...]], choice: OptimizerChoice, weights: torch.dtype, shards: int
+) -> list[Row]:
+    part = f", 1/{shards}" if shards > 1 else ""
+    rows = [Row("optimizer", choice.describe() + part, state_bytes(shapes, choice, weights))]
+    if update := update_bytes(shapes, choice, weights):
+        what = "update, a slice at a time" if choice.is_sliced else "update"
+        rows.append(Row("temporaries", what, update, in_step=not choice.in_backward))
+    return rows
 
 
 def _whole(
-    sizes: Sizes, engine: Engine, weights: torch.dtype, compute: torch.dtype
-) -> dict[str, int]:
-    rows = {
-        "weights": sizes.model * weights.itemsize,
-        "gradients": sizes.model * weights.itemsize,
-        "optimizer (AdamW, two states)": 2 * sizes.model * weights.itemsize,
-    }
+    sizes: Sizes,
+    engine: Engine,
+    weights: torch.dtype,
+    compute: torch.dtype,
+    optimizer: OptimizerChoice,
+    *,
+    accumulates: bool,
+) -> list[Row]:
+    layer = max(sizes.layer_experts, sizes.end, sizes.tensor) * weights.itemsize
+    rows = [Row("weights", "weights", sizes.model * weights.itemsize)]
+    if optimizer.in_backward:
+        rows.append(Row("gradients", "gradients of one layer's experts at a time", layer))
+    else:
+        rows.append(Row("gradients", "gradients", sizes.model * weights.itemsize))
+        if accumulates:
+            rows.append(Row("temporaries", "gradients of one layer's experts, to be added", layer))
     if engine.kind == "ddp":
         # A second copy of the gradients: accelerate leaves gradient_as_bucket_view off.
-        rows["buckets of DDP"] = sizes.model * weights.itemsize
+        rows.append(Row("temporaries", "buckets of DDP", sizes.model * weights.itemsize))
     if compute != weights:
-        rows["autocast copy of the largest weight"] = sizes.tensor * compute.itemsize
+        # The cache of autocast holds every dense weight; experts are cast in their operator.
+        copies = (sizes.dense + sizes.tensor) * compute.itemsize
+        what = "autocast copies of dense weights and of the largest tensor"
+        rows.append(Row("temporaries", what, copies))
     return rows
 
 
 def _sharded(
     sizes: Sizes, engine: Engine, weights: torch.dtype, compute: torch.dtype, shards: int
-) -> dict[str, int]:
+) -> list[Row]:
     shard = -(-sizes.model // shards)
     # Expert parallelism gathers this process's experts only.
     layer = sizes.layer - sizes.layer_experts + sizes.layer_experts // engine.ep_size
     # transformers' policy sums in float32, accelerate's in the dtype of the products.
     summed = torch.float32 if engine.kind == "native" else compute
-    return {
-        f"weights, 1/{shards}": shard * weights.itemsize,
-        f"gradients, 1/{shards}": shard * weights.itemsize,
-        f"optimizer (AdamW, two states), 1/{shards}": 2 * shard * weights.itemsize,
-        "two layers and the head, gathered": (2 * layer + sizes.end) * compute.itemsize,
-        "gradients of one layer on their way": layer * (compute.itemsize + summed.itemsize),
-    }
+    on_the_way = layer * (compute.itemsize + summed.itemsize)
+    gathered = (2 * layer + sizes.end) * compute.itemsize
+    return [
+        Row("weights", f"weights, 1/{shards}", shard * weights.itemsize),
+        Row("gradients", f"gradients, 1/{shards}", shard * weights.itemsize),
+        Row("temporaries", "two layers and the head, gathered", gathered),
+        Row("temporaries", "gradients of one layer on their way", on_the_way),
+    ]
 
 
 def _zero(
@@ -180,29 +233,32 @@ def _zero(
     gradient: torch.dtype,
     shards: int,
     settings: Mapping[str, Any],
-) -> dict[str, int]:
+) -> list[Row]:
     size, shard = compute.itemsize, -(-sizes.model // shards)
-    rows: dict[str, int] = {}
     if engine.kind == "zero3":
-        rows[f"weights, 1/{shards}"] = shard * size
+        rows = [Row("weights", f"weights, 1/{shards}", shard * size)]
     else:
-        rows["weights"] = sizes.model * size
+        rows = [Row("weights", "weights", sizes.model * size)]
     if not _is_offloaded(settings):
-        rows[f"gradients, 1/{shards}"] = shard * gradient.itemsize
-        rows[f"float32 master weights, 1/{shards}"] = shard * 4
-        rows[f"optimizer (AdamW, two states), 1/{shards}"] = shard * 8
         # Stage 3 turns gradients to float32 group by group, stage 2 the whole shard.
         group = int(settings.get("sub_group_size", 1e9)) if engine.kind == "zero3" else shard
-        rows["float32 gradients of the update"] = min(group, shard) * 4
+        rows += [
+            Row("gradients", f"gradients, 1/{shards}", shard * gradient.itemsize),
+            Row("optimizer", f"float32 master weights, 1/{shards}", shard * 4),
+            Row("optimizer", f"optimizer (AdamW, two states), 1/{shards}", shard * 8),
+            Row("temporaries", "float32 gradients of the update", min(group, shard) * 4),
+        ]
     if engine.kind == "zero3":
-        rows["two layers and the head, gathered"] = (2 * sizes.layer + sizes.end) * size
-        rows["gradients of one layer on their way"] = 2 * sizes.layer * size
+        gathered = (2 * sizes.layer + sizes.end) * size
+        rows += [
+            Row("temporaries", "two layers and the head, gathered", gathered),
+            Row("temporaries", "gradients of one layer on their way", 2 * sizes.layer * size),
+        ]
     bucket = settings.get("reduce_bucket_size", 5e8)
     bucket = sizes.tensor if bucket == "auto" else int(bucket)
     # Stage 2 fills one bucket while the other is summed.
     count = 2 if engine.kind == "zero2" else 1
-    rows["buckets of DeepSpeed"] = count * bucket * size
-    return rows
+    return [*rows, Row("temporaries", "buckets of DeepSpeed", count * bucket * size)]
 
 
 def _loading(
@@ -237,7 +293,3 @@ def _loading(
 
 def _is_offloaded(settings: Mapping[str, Any]) -> bool:
     return settings.get("offload_optimizer", {}).get("device", "none") == "cpu"
-
-
-def _elements(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

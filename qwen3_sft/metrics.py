@@ -18,6 +18,7 @@ from typing import Any
 
 from qwen3_sft.collator import BatchStats
 from qwen3_sft.hardware import MemoryStats
+from qwen3_sft.memory_advice import MemorySettings, advice
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ KEYS = (
     "step", "epoch", "loss", "aux_loss", "grad_norm", "learning_rate", "step_time_s", "tokens",
     "tokens_per_second_per_gpu", "label_tokens", "padding_fraction", "model_tflops_per_gpu", "mfu",
     "peak_memory_gib", "expert_load_max_over_mean", "router_entropy", "skipped_steps",
-    "lost_update_fraction", "lost_update_mass",
+    "lost_update_fraction", "lost_update_mass", "compiles_total",
 )  # fmt: skip
 
 
@@ -132,24 +133,29 @@ class StepLines:
 class MemoryWatch:
     """Warns when the allocator thrashes or is about to; each kind once per further retry."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: MemorySettings) -> None:
+        """Begin with nothing seen.
+
+        Args:
+            run: the options to advise on.
+        """
+        lines = advice(run, "forward and backward of a micro-batch")
+        self._advice = "set " + ", or ".join(lines[:3])
         self._retries = 0
         self._has_warned = False
 
     def check(self, memory: MemoryStats) -> None:
-        """Log what to lower when allocations were retried or over 95% of memory is reserved."""
-        advice = "lower --per_device_train_batch_size or --max_length, or set "
-        advice += "--activation_checkpointing true"
+        """Log what to set when allocations were retried or over 95% of memory is reserved."""
         if memory.allocation_retries > self._retries:
             self._retries = memory.allocation_retries
             logger.warning(
                 "the CUDA allocator had to flush its cache %d times so far, each one stalls the "
-                "GPU: %s", self._retries, advice,
+                "GPU: %s", self._retries, self._advice,
             )  # fmt: skip
         share = memory.peak_reserved_gib / memory.total_gib
         if share > _FULL and not self._has_warned:
             self._has_warned = True
-            logger.warning("%.0f%% of memory is in use: %s", 100 * share, advice)
+            logger.warning("%.0f%% of memory is in use: %s", 100 * share, self._advice)
 
 
 def _step(line: str) -> int:

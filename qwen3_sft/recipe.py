@@ -68,8 +68,12 @@ class Options:
         return {k: v for k, v in values.items() if k in always or v != defaults[k]}
 
 
-def parse_options(argv: list[str]) -> Options:
+def parse_options(argv: list[str], *, needs_data: bool = True) -> Options:
     """Parse `[--config RECIPE] [--flag value ...]`.
+
+    Args:
+        argv: the words.
+        needs_data: whether a missing dataset is an error; a plan needs none.
 
     Raises:
         UsageError: unknown option (with the nearest known name), wrong value, missing model or
@@ -87,7 +91,7 @@ def parse_options(argv: list[str]) -> Options:
         train_values=_pick(namespace, TrainArguments),
         recipe=pre.config,
     )
-    _check(options)
+    _check(options, needs_data=needs_data)
     return options
 
 
@@ -211,10 +215,10 @@ def _likeness(name: str, known: str) -> float:
     return max(whole, 0.9 * start, 0.9 * end)
 
 
-def _check(options: Options) -> None:
+def _check(options: Options, *, needs_data: bool) -> None:
     if not options.model.model_name_or_path:
         raise UsageError("no model: set --model_name_or_path to a folder or hub id (or `demo`)")
-    if not options.data.dataset:
+    if needs_data and not options.data.dataset:
         raise UsageError("no data: set --dataset to files, folders or hub ids (or `demo`)")
     if not 0 <= options.data.eval_fraction <= 0.5:
         raise UsageError(f"--eval_fraction {options.data.eval_fraction}: must be 0 to 0.5")

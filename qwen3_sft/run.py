@@ -18,13 +18,15 @@ from qwen3_sft.completions import before_and_after
 from qwen3_sft.data.formats import DataError
 from qwen3_sft.data.prepare import TokenDataset, prepare
 from qwen3_sft.demo.build import resolve_demo
-from qwen3_sft.dry_run import dry_run, meta_model
+from qwen3_sft.dry_run import dry_run
 from qwen3_sft.engine import Engine, check_experts, deepspeed_config, detect
 from qwen3_sft.export import export_model
 from qwen3_sft.export_check import ExportError
 from qwen3_sft.final_arguments import final_arguments
 from qwen3_sft.hardware import device_info
 from qwen3_sft.isolation import LeakError
+from qwen3_sft.memory_advice import MemorySettings
+from qwen3_sft.meta_model import meta_model
 from qwen3_sft.model import (
     ModelError,
     choose_attention,
@@ -34,7 +36,11 @@ from qwen3_sft.model import (
     resolve_model,
     weights_dtype,
 )
+from qwen3_sft.out_of_memory import GpuMemoryError, naming
 from qwen3_sft.patches import choose_patches
+from qwen3_sft.plan import DOES_NOT_FIT, DoesNotFitError, RunPlan
+from qwen3_sft.plan_advice import describe_advice, nearest
+from qwen3_sft.plan_run import experts_for, plan_here
 from qwen3_sft.process_group import (
     ProcessGroupError,
     join_process_group,
@@ -58,7 +64,7 @@ logger = logging.getLogger(__name__)
 _USER_ERRORS = (UsageError, DataError, ModelError)
 # What went wrong inside a run: a message without a traceback, exit code 1.
 _RUN_ERRORS = (
-    CheckpointError, ExportError, LeakError, NonFiniteError, ProcessGroupError,
+    CheckpointError, ExportError, GpuMemoryError, LeakError, NonFiniteError, ProcessGroupError,
     monkey_patch.PatchError,
 )  # fmt: skip
 
@@ -78,6 +84,9 @@ def run_command(argv: list[str]) -> int:
     except _USER_ERRORS as error:
         logger.error("error: %s", error)
         return 2
+    except DoesNotFitError as error:
+        logger.error("%s", error)
+        return DOES_NOT_FIT
     except _RUN_ERRORS as error:
         logger.error("%s: %s", type(error).__name__, error)
         return 1
@@ -95,8 +104,8 @@ def run(options: Options) -> int:
     name, data = resolve_demo(options.model.model_name_or_path, options.data, folder.path / "base")
     base = resolve_model(name, options.model.model_revision)
     check_experts(engine, num_experts(base))
-    if engine.kind == "zero3":  # before TrainingArguments exist: then even a plan would be sharded
-        logger.info("%s", describe(check_zero3(meta_model(str(base)), deepspeed_config())))
+    # Before TrainingArguments exist: then even a plan would be sharded.
+    plan = _plan(options, engine, base)
     tokenizer = load_tokenizer(base)
     # Before TrainingArguments exist, hence outside any process group: this may take hours.
     train_tokens, eval_tokens = _prepare_data(data, tokenizer, options.train_values["seed"])
@@ -104,21 +113,26 @@ def run(options: Options) -> int:
     values = options.train_values
     backend = "gloo" if values["use_cpu"] else values["ddp_backend"]
     join_process_group(values["ddp_timeout"], backend)
+    plan = on_first_rank(lambda: plan)  # GPUs may differ, what layers do must not
+    options.model.experts_implementation = experts_for(
+        options.model.experts_implementation, plan.layers
+    )
     args = final_arguments(options, engine, has_eval=eval_tokens is not None)
     checkpoint = _agree_on_checkpoint(folder, options, engine, args)
     compute = torch.bfloat16 if args.bf16 else weights_dtype(options.model)
     weights = weights_dtype(options.model, engine, compute)
     attention, reason = choose_attention(options.model.attn_implementation, args.device, compute)
     logger.info("engine: %s; attention: %s (%s)", engine, attention, reason)
-    model: Any = load_model(
-        base, options.model, args.device, weights, attention, engine=engine, compute=compute
-    )
-    patches = monkey_patch.apply_patches(model, choose_patches(options.model, attention))
-    if engine.layout == "whole":
-        model.to(args.device)
+    with naming("loading the weights", MemorySettings.of(args, engine, data.max_length)):
+        model: Any = load_model(
+            base, options.model, args.device, weights, attention, engine=engine, compute=compute
+        )
+        patches = monkey_patch.apply_patches(model, choose_patches(options.model, attention))
+        if engine.layout == "whole":
+            model.to(args.device)
 
     trainer = build_trainer(
-        args, model, tokenizer, train_tokens, eval_tokens, data, folder, checkpoint, engine
+        args, model, tokenizer, train_tokens, eval_tokens, data, folder, checkpoint, plan
     )
     if trainer.is_world_process_zero():
         _write_records(folder, options, trainer, patches.counts, attention)
@@ -131,6 +145,20 @@ def run(options: Options) -> int:
     _finish(trainer, options, base, folder)
     leave_process_group()
     return 0
+
+
+def _plan(options: Options, engine: Engine, base: Path) -> RunPlan:
+    """Plan and say so; a plan that does not fit is a warning, since only the GPU knows."""
+    on_meta = meta_model(str(base))
+    if engine.kind == "zero3":
+        logger.info("%s", describe(check_zero3(on_meta, deepspeed_config())))
+    plan = plan_here(on_meta, options, engine)
+    for line in plan.lines():
+        logger.info("%s", line)
+    if plan.fits is False:
+        advice = nearest(options, engine, lambda o: plan_here(on_meta, o, engine))
+        logger.warning("this is likely to run out of memory; %s", describe_advice(advice))
+    return plan
 
 
 def _agree_on_checkpoint(

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import PreTrainedModel
 
 # Operators whose results are kept, by name: some exist only where a package or a device does.
 # One of attention's runs in a layer; the others belong to other devices, versions and packages.
@@ -41,20 +40,13 @@ KEPT = frozenset(
 )
 
 
-def enable_selective_checkpointing(model: PreTrainedModel) -> None:
-    """Switch the decoder layers of `model` to it; the Trainer must not switch checkpointing on too.
+def selective_contexts(hidden_size: int) -> tuple[Any, Any]:
+    """Return the contexts of a layer's forward and of its recomputation (torch's `context_fn`).
 
     Args:
-        model: a Qwen3-MoE whose experts run as `scatter_moe_recompute`; with other experts the
-            result is right and the memory larger.
+        hidden_size: of the model, by which the projection that ends attention is known.
     """
-    keep = partial(_policy, model.config.get_text_config().hidden_size)
-    model.activation_checkpointing_enable(
-        activation_checkpointing_kwargs={
-            "use_reentrant": False,
-            "context_fn": partial(create_selective_checkpoint_contexts, keep),
-        }
-    )
+    return create_selective_checkpoint_contexts(partial(_policy, hidden_size))
 
 
 def _policy(hidden_size: int, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

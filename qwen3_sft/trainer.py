@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -20,14 +20,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerState
 
-from qwen3_sft.backward_optimizer import BackwardOptimizer
 from qwen3_sft.collator import BatchStats
 from qwen3_sft.flops import ModelFlops, train_flops
 from qwen3_sft.hardware import memory_stats
-from qwen3_sft.low_bit_optimizer import with_states
+from qwen3_sft.layer_compile import RecompileWatch
+from qwen3_sft.memory_trainer import MemoryTrainer
 from qwen3_sft.metrics import KEYS, MemoryWatch, StepLines, Window, log_line, throughput
 from qwen3_sft.packing import Document, PackedDataset
-from qwen3_sft.trainer_checkpoint import CheckpointedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class _Clock(TrainerCallback):
             control.should_log = True
 
 
-class SftTrainer(CheckpointedTrainer):
+class SftTrainer(MemoryTrainer):
     """Train on packed batches of `PackedCollator`.
 
     The loss is the sum of cross entropy over labelled tokens divided by the number of labelled
@@ -83,9 +82,9 @@ class SftTrainer(CheckpointedTrainer):
         # The loss is normalised over the whole step, accumulation included (compute_loss).
         self.loss_is_scaled_for_ga = True
         self.window = Window()
-        self.memory_watch = MemoryWatch()
+        self.memory_watch = MemoryWatch(self.memory_settings)
         self.bad_steps_in_a_row = 0
-        self.backward_optimizer: BackwardOptimizer | None = None
+        self.recompile_watch: RecompileWatch | None = None
         self._step_loss = torch.zeros((), device=self.args.device)
         self._step_tokens = torch.ones((), device=self.args.device)
         self._steps_at_last_record = 0
@@ -100,24 +99,6 @@ class SftTrainer(CheckpointedTrainer):
         """Return the documents of the first training row."""
         return cast(PackedDataset, self.train_dataset)[0]
 
-    # ---- optimizer ----
-
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        """Know torchao's AdamWFp8 too."""
-        chosen = CheckpointedTrainer.get_optimizer_cls_and_kwargs(args, model)
-        return with_states(args.optim.value, args.optim_args, chosen)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """Have the optimizer step within the backward pass if the run asks for it."""
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if is_new and self.args.optimizer_in_backward:
-            self.backward_optimizer = BackwardOptimizer(
-                self.model, optimizer, clip=self.args.clip, max_grad_norm=self.args.max_grad_norm
-            )
-        return optimizer
-
     # ---- loss ----
 
     def get_batch_samples(
@@ -130,7 +111,10 @@ class SftTrainer(CheckpointedTrainer):
         """
         batches = list(itertools.islice(epoch_iterator, num_batches))
         total = sum((b["stats"] for b in batches), BatchStats(0, 0, 0, 0, 0))
-        counts = torch.tensor([total.label_tokens, total.tokens], device=device)
+        # From pinned memory: a copy from elsewhere waits for all that the device has to do.
+        counts = torch.tensor(
+            [total.label_tokens, total.tokens], pin_memory=torch.device(device).type == "cuda"
+        ).to(device, non_blocking=True)
         label_tokens, self._step_tokens = self._sum_over_ranks(counts).clamp_min(1)
         self._step_loss = torch.zeros((), device=device)
         return batches, label_tokens
@@ -213,6 +197,20 @@ class SftTrainer(CheckpointedTrainer):
 
     # ---- evaluation ----
 
+    def loss_sums(self, batches: Iterable[dict[str, Any]]) -> Tensor:
+        """Return the summed loss over this rank's batches and their labels, (2,) float64."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self.model.eval()
+        for batch in batches:
+            inputs: dict[str, Any] = self._prepare_inputs(batch)
+            label_tokens = inputs.pop("stats").label_tokens
+            del inputs["token_mask"]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = self.model(**inputs, num_items_in_batch=1)
+            sums += torch.stack([outputs.loss.double(), sums.new_tensor(label_tokens)])
+        self.model.train()
+        return sums
+
     def evaluate(
         self,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -223,17 +221,8 @@ class SftTrainer(CheckpointedTrainer):
 
         Overridden because upstream averages per-batch means, which weighs tokens unequally.
         """
-        with self.window.pause():
-            sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-            self.model.eval()
-            for batch in self.get_eval_dataloader(cast("Dataset | None", eval_dataset)):
-                inputs: dict[str, Any] = self._prepare_inputs(batch)
-                label_tokens = inputs.pop("stats").label_tokens
-                del inputs["token_mask"]
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    outputs = self.model(**inputs, num_items_in_batch=1)
-                sums += torch.stack([outputs.loss.double(), sums.new_tensor(label_tokens)])
-            self.model.train()
+        with self.naming("evaluation"), self.window.pause():
+            sums = self.loss_sums(self.get_eval_dataloader(cast("Dataset | None", eval_dataset)))
             loss_sum, num_labels = self._sum_over_ranks(sums).tolist()
             loss = loss_sum / max(num_labels, 1)
             metrics = {
@@ -249,6 +238,19 @@ class SftTrainer(CheckpointedTrainer):
         return metrics
 
     # ---- log ----
+
+    @contextmanager
+    def counting_nothing(self) -> Iterator[None]:
+        """Leave counters and sums as they are, whatever is computed inside."""
+        names = ("window", "current_flos", "_step_loss", "_step_tokens")
+        kept = {name: getattr(self, name) for name in names}
+        self.window, self._step_loss = Window(), torch.zeros_like(self._step_loss)
+        try:
+            yield
+        finally:
+            vars(self).update(kept)
+            if self.router_statistics is not None:
+                self.router_statistics.drain()
 
     def pause_metrics(self) -> AbstractContextManager[None]:
         """Leave the time spent inside out of the step time."""
@@ -281,6 +283,8 @@ class SftTrainer(CheckpointedTrainer):
                 peak_flops=self.peak_flops,
             ),
         }  # fmt: skip
+        if self.recompile_watch is not None:
+            record["compiles_total"] = self.recompile_watch.compiles_total
         if self.backward_optimizer is not None:
             record |= self.backward_optimizer.lost_updates.drain()
         if self.router_statistics is not None:

@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from qwen3_sft.dry_run import known_config, model_on_meta
 from qwen3_sft.engine import detect
+from qwen3_sft.meta_model import known_config, model_on_meta
 from qwen3_sft.recipe import parse_options
 from tests.source_tree import ROOT
 

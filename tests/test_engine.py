@@ -75,7 +75,7 @@ def test_layouts():
         (FSDP | {"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "both switched on"),
         (FSDP | {"FSDP_VERSION": "1"}, {}, "fsdp_version 1 is not supported"),
         ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": 2}, {}, "fsdp_version 1 is not supported"),
-        (FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "--activation_checkpointing true"),
+        (FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "--activation_checkpointing full"),
         (FSDP | {"WORLD_SIZE": "1"}, {}, "shards nothing"),
         ({"WORLD_SIZE": 4}, {"fsdp_size": 3}, "needs 3 processes, there are 4"),
         ({"WORLD_SIZE": 4}, {"fsdp_size": 8}, "needs 8 processes, there are 4"),

@@ -1,7 +1,7 @@
 import pytest
 
 from qwen3_sft.engine import Engine
-from qwen3_sft.final_arguments import _check_engine, final_arguments
+from qwen3_sft.final_arguments import _check_engine, accumulation_steps, final_arguments
 from qwen3_sft.recipe import UsageError, parse_options
 
 
@@ -23,14 +23,11 @@ def test_without_it_the_accumulation_is_as_given(tmp_path):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_step_has_as_many_rows_on_any_number_of_processes(monkeypatch, world_size):
-    from qwen3_sft.final_arguments import _accumulate
-
+def test_a_step_has_as_many_rows_on_any_number_of_processes(world_size):
     values = {
         "global_batch_size": 16, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
     }  # fmt: skip
-    _accumulate(values, world_size)
-    assert values["gradient_accumulation_steps"] * 2 * world_size == 16
+    assert accumulation_steps(values, world_size) * 2 * world_size == 16
 
 
 def test_the_rows_of_a_step_are_counted_over_the_processes_of_the_launcher(tmp_path, monkeypatch):

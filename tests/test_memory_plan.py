@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen3_sft.demo.model import tiny_config
-from qwen3_sft.dry_run import known_config, model_on_meta
 from qwen3_sft.engine import Engine
 from qwen3_sft.known_models import KNOWN_CONFIGS
 from qwen3_sft.memory_plan import GIB, Plan, memory_plan
+from qwen3_sft.meta_model import known_config, meta_model, model_on_meta
+from qwen3_sft.optimizer_memory import OptimizerChoice
 from tests.source_tree import ROOT
 
 PARAMETERS = 30_532_122_624
@@ -99,6 +101,106 @@ def test_what_exists_for_a_moment(model):
     zero2 = planned(model, Engine("zero2"), deepspeed=deepspeed("zero2")).gpu
     assert zero2["float32 gradients of the update"] == PARAMETERS // 8 * 4
     assert zero2["buckets of DeepSpeed"] == 2 * 500_000_000 * 2
+
+
+EIGHT_BITS = OptimizerChoice("adamw_torch_8bit", "bf16_stochastic_round=True", in_backward=True)
+
+
+def on_one_gpu(model: Any, optimizer: OptimizerChoice, **kwargs: Any) -> Plan:
+    return memory_plan(
+        model, Engine("single"), weights=BF16, compute=BF16, optimizer=optimizer, **kwargs
+    )
+
+
+def test_optimizer_in_backward_leaves_one_layers_gradients(model):
+    """2 + 2.03 bytes per parameter and 1.6 GiB: section 2 of the performance model has 117 GiB."""
+    plan = on_one_gpu(model, EIGHT_BITS)
+    parts = plan.components()
+    experts = 603_979_776
+    assert parts["weights"] == 2 * PARAMETERS
+    assert parts["gradients"] == 2 * experts
+    assert parts["optimizer"] == pytest.approx(2 * (1 + 4 / 256) * PARAMETERS, rel=1e-3)
+    assert parts["temporaries"] == 8 << 26
+    assert plan.gpu_gib == pytest.approx(117, abs=1)
+    classic = on_one_gpu(model, replace(EIGHT_BITS, in_backward=False)).components()
+    assert classic["gradients"] == 2 * PARAMETERS
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args", "gib"),
+    [
+        ("adamw_torch_4bit", "block_size=128", 89.4),
+        ("adafactor", None, 59.5),
+        ("adamw_torch_8bit", None, 117.0),
+    ],
+)
+def test_static_memory_of_the_performance_model(model, optim, optim_args, gib):
+    """It counts the gradients of two whole layers, no temporaries, and 0.01 bytes of factors."""
+    parts = on_one_gpu(model, OptimizerChoice(optim, optim_args, in_backward=True)).components()
+    gradients = 2 * 2 * 623_120_640 / GIB
+    assert (parts["weights"] + parts["optimizer"]) / GIB == pytest.approx(gib - gradients, abs=0.2)
+
+
+def test_adafactor_with_full_gradients(model):
+    """Exact clip and accumulation on one GPU: 114 GiB."""
+    choice = OptimizerChoice("adafactor", "bf16_stochastic_round=True")
+    plan = on_one_gpu(model, choice, accumulates=True)
+    parts = plan.components()
+    lasting = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    assert lasting / GIB == pytest.approx(114, abs=0.3)
+    # New gradients of a layer's experts are added; the update is of slices, after the backward.
+    assert parts["temporaries"] == 2 * 603_979_776 + (8 << 26)
+    assert plan.components(1 << 40)["temporaries"] == 2 * 603_979_776
+
+
+def test_what_exists_in_the_step_alone_makes_room_for_activations(model):
+    """torch's AdamW without `fused` takes the roots of all moments at once."""
+    plan = on_one_gpu(model, OptimizerChoice("adamw_torch"))
+    whole = 2 * PARAMETERS
+    assert plan.components()["temporaries"] == whole
+    less, more = whole // 2, 2 * whole
+    assert plan.components(less)["temporaries"] == whole - less
+    assert plan.components(more)["temporaries"] == 0
+    totals = [sum(plan.components(a).values()) + a for a in (0, less, whole, more)]
+    assert totals == [totals[0], totals[0], totals[0], totals[0] + whole]
+
+
+@pytest.mark.parametrize(
+    ("engine", "file"),
+    [
+        (Engine("single"), None),
+        (Engine("ddp"), None),
+        (Engine("native", 8), None),
+        (Engine("fsdp"), None),
+        (Engine("zero2"), "zero2"),
+        (Engine("zero3"), "zero3_offload"),
+    ],
+    ids=str,
+)
+def test_components_are_all_rows(model, engine, file):
+    plan = planned(model, engine, deepspeed=deepspeed(file) if file else None)
+    assert sum(plan.components().values()) == sum(plan.gpu.values())
+    assert sum("GiB" in line for line in plan.lines(139.0)) == len(plan.gpu) + 2 + len(plan.host)
+
+
+def test_an_optimizer_that_is_not_known_is_planned_as_adamw(model):
+    other = on_one_gpu(model, OptimizerChoice("muon")).gpu
+    (row,) = (what for what in other if "muon" in what)
+    assert other[row] == 4 * PARAMETERS
+
+
+def test_a_vision_tower_is_counted():
+    plan = on_one_gpu(meta_model("Qwen/Qwen3-VL-30B-A3B-Instruct"), EIGHT_BITS)
+    assert plan.parameters == PARAMETERS + 538_631_408
+    assert plan.components()["weights"] == 2 * plan.parameters
+    assert plan.components()["gradients"] == 2 * 603_979_776
+
+
+def test_autocast_copies_every_dense_weight_and_one_expert_tensor(model):
+    rows = planned(model, Engine("ddp")).gpu
+    (copies,) = (size for what, size in rows.items() if what.startswith("autocast"))
+    dense = 48 * (623_120_640 - 603_979_776)
+    assert copies == 2 * (dense + 402_653_184)
 
 
 def test_replicas_do_not_shrink_a_shard(model):

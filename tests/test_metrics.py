@@ -7,6 +7,7 @@ import pytest
 
 from qwen3_sft.collator import BatchStats
 from qwen3_sft.hardware import MemoryStats
+from qwen3_sft.memory_advice import MemorySettings
 from qwen3_sft.metrics import MemoryWatch, StepLines, Window, duration, log_line, throughput
 
 
@@ -63,7 +64,7 @@ def test_a_metrics_file_that_cannot_be_written_does_not_stop_the_run(tmp_path, c
 
 def test_memory_warnings_say_what_to_lower(caplog):
     logging.getLogger("qwen3_sft").propagate = True
-    watch = MemoryWatch()
+    watch = MemoryWatch(MemorySettings(train_rows=2))
     watch.check(MemoryStats(50, 60, 100, 0))
     assert not caplog.records
     watch.check(MemoryStats(90, 97, 100, 2))

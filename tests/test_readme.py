@@ -102,6 +102,8 @@ def run(command: Command, stage, tmp_path) -> int:
         return train.main([*staged(words[module + 2 :], stage), "--dry_run", "true"])
     if words[:3] == ["qwen3-sft", "data", "inspect"]:
         return cli.main(["data", "inspect", *staged(words[3:], stage)])
+    if words[:2] == ["qwen3-sft", "plan"]:
+        return cli.main(words[1:])
     if words[:2] == ["qwen3-sft", "export"]:
         paths_and_options = [str(stage / "checkpoint-1"), str(tmp_path / "model"), *words[4:]]
         return cli.main(["export", *paths_and_options])

@@ -14,12 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import monkey_patch
+from qwen3_sft.activation_checkpointing import enable_checkpointing
 from qwen3_sft.collator import PackedCollator
 from qwen3_sft.demo.model import tiny_config, tiny_model
-from qwen3_sft.selective_checkpointing import KEPT, enable_selective_checkpointing
+from qwen3_sft.selective_checkpointing import KEPT
 
 LENGTH, LAYERS, TOP_K = 256, 3, 2
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 1, 32
+MIX = {"full": 1, "selective": 1, "none": 1}
 PATCHES = ("scatter_moe_recompute", "varlen_attention", "router_aux_loss", "linear_cross_entropy")
 
 
@@ -65,16 +67,14 @@ def model():
     return make_model()
 
 
-def step(model, kind: str):
+def step(model, kind: str, *, offload: bool = False):
     """Return loss, gradients, operators of forward and backward, bytes kept, router metrics."""
     model = copy.deepcopy(model).train()
     monkey_patch.apply_patches(model, PATCHES)
     statistics = monkey_patch.router_statistics(model)
     statistics.coefficient = 0.01
-    if kind == "full":
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    elif kind == "selective":
-        enable_selective_checkpointing(model)
+    layers = MIX if kind == "mixed" else {kind: model.config.num_hidden_layers}
+    enable_checkpointing(model, layers, offload=offload)
     rng = np.random.default_rng(0)
     documents = [
         (rng.integers(0, 512, n).astype(np.int32), np.arange(n) >= n // 2) for n in (60, 40, 90)
@@ -92,12 +92,12 @@ def step(model, kind: str):
 
 @pytest.fixture(scope="module")
 def steps(model):
-    return {kind: step(model, kind) for kind in ("none", "full", "selective")}
+    return {kind: step(model, kind) for kind in ("none", "full", "selective", "mixed")}
 
 
 def test_no_bit_changes(steps):
     loss, gradients, *_, metrics = steps["none"]
-    for kind in ("full", "selective"):
+    for kind in ("full", "selective", "mixed"):
         other_loss, other, *_, other_metrics = steps[kind]
         assert torch.equal(other_loss, loss)
         differing = [name for name in gradients if not torch.equal(other[name], gradients[name])]
@@ -128,3 +128,26 @@ def test_bytes_per_token(steps):
     routing = TOP_K * (4 + 4) + TOP_K * (4 + 8)  # two permutations; weights and indices
     assert extra == pytest.approx(attention + projection + experts + routing, rel=0.05)
     assert steps["none"][4] > steps["selective"][4] > steps["full"][4]
+
+
+def test_policies_by_layer(steps):
+    """One layer of each: what runs again is the sum of what each runs again."""
+    attention = next(name for name in steps["full"][3] if "attention" in name and name in KEPT)
+    assert steps["full"][3][attention] == LAYERS * steps["mixed"][3][attention] > 0
+    products = {kind: result[3]["aten.mm.default"] for kind, result in steps.items()}
+    assert products["mixed"] - products["none"] == 5 + 4
+
+
+def test_layers_have_to_add_up(model):
+    with pytest.raises(ValueError, match=f"2 of {LAYERS} layers"):
+        enable_checkpointing(copy.deepcopy(model), {"full": 2})
+
+
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_offload_keeps_inputs_elsewhere(model, steps, kind):
+    """The same bits, and each layer's input is copied, as to the host on a GPU."""
+    loss, gradients, forward, *_ = step(model, kind, offload=True)
+    assert torch.equal(loss, steps["none"][0])
+    differing = [n for n, g in gradients.items() if not torch.equal(g, steps["none"][1][n])]
+    assert not differing
+    assert forward["aten.copy_.default"] - steps[kind][2]["aten.copy_.default"] == LAYERS

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PrinterCallback
 
 import monkey_patch
+from qwen3_sft.activation_checkpointing import enable_checkpointing
 from qwen3_sft.args import TrainArguments
 from qwen3_sft.build import EpochCallback
 from qwen3_sft.collator import PackedCollator
@@ -87,6 +88,7 @@ def make_trainer(
         engine=Engine("single"),
     )
     trainer.remove_callback(PrinterCallback)
+    enable_checkpointing(model, {args.checkpointing: model.config.num_hidden_layers})
     return trainer
 
 

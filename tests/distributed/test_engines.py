@@ -111,16 +111,17 @@ def test_every_engine_equals_one_process(cases):
     assert set(codes.values()) == {0}, printed
 
     best = ("--load_best_model_at_end", "true")
-    cases.add("ddp")
+    warm = ("--memory_warm_up", "true")  # leaves no trace
+    cases.add("ddp", None, *warm)
     cases.add("ddp_after", after="ddp")
-    cases.add("native", None, *NATIVE)
+    cases.add("native", None, *NATIVE, *warm)
     cases.add("ep2", None, *EP2, "--num_samples", 1, "--sample_max_new_tokens", 2)
-    recompute = ("--activation_checkpointing", "true")
-    selective = (*recompute, "--activation_checkpointing_policy", "selective")
-    cases.add("ep2_after", None, *EP2, *selective, after="ep2")
+    selective = ("--activation_checkpointing", "selective")
+    recompute = ("--activation_checkpointing", "full")
+    cases.add("ep2_after", None, *EP2, *selective, *warm, after="ep2")
     cases.add("ep2_after_ep1", None, *EP2, after="native")
     cases.add("fsdp", "fsdp", "--num_samples", 1, "--sample_max_new_tokens", 2)
-    cases.add("fsdp_after", "fsdp", *selective, after="fsdp")
+    cases.add("fsdp_after", "fsdp", *selective, *warm, after="fsdp")
     cases.add("fsdp_after_native", "fsdp", after="native")
     cases.add("full", "fsdp", *best, environment=FULL)
     cases.add("full_after", "fsdp", after="full", environment=FULL)

@@ -86,6 +86,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 d_hidden_ND[rows] = d_logits @ weight
             if d_weight_VD is not None:
                 d_weight_VD += d_logits.T @ hidden
+            del d_logits  # before the next chunk's logits exist
         if d_weight_VD is not None:
             d_weight_VD = d_weight_VD.to(weight_VD.dtype)
         ctx.save_for_backward(d_hidden_ND, d_weight_VD)

@@ -2,7 +2,8 @@
 
 On CUDA in bf16 and fp16 torch's own variable-length FlashAttention; elsewhere one
 `scaled_dot_product_attention` per document, whose boundaries are read on the host (free on a CPU,
-one synchronisation per call for float32 on CUDA).
+one synchronisation per call for float32 on CUDA). A compiled graph cannot read them: there it is
+one call with a mask over the whole row.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def varlen_attention(
         q_HTC, k_GTC, v_GTC = (t.to(dtype) for t in (q_HTC, k_GTC, v_GTC))
     if q_HTC.is_cuda and q_HTC.dtype in (torch.bfloat16, torch.float16):
         return _flash(q_HTC, k_GTC, v_GTC, cu_seq_lens, max_length, scale)
+    if torch.compiler.is_compiling():
+        return _masked(q_HTC, k_GTC, v_GTC, cu_seq_lens, scale)
     return _per_document(q_HTC, k_GTC, v_GTC, cu_seq_lens, scale)
 
 
@@ -73,6 +76,25 @@ def _per_document(
         if q.shape[2] > 0
     ]
     return torch.cat(outputs, dim=2)[0].transpose(0, 1) if outputs else q_HTC.transpose(0, 1)
+
+
+def _masked(
+    q_HTC: torch.Tensor,
+    k_GTC: torch.Tensor,
+    v_GTC: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    token_T = torch.arange(q_HTC.shape[1], device=q_HTC.device, dtype=cu_seq_lens.dtype)
+    document_T = torch.searchsorted(cu_seq_lens, token_T, right=True)
+    is_visible_TT = (document_T[:, None] == document_T) & (token_T[:, None] >= token_T)
+    out_1HTC = F.scaled_dot_product_attention(
+        *(t[None] for t in (q_HTC, k_GTC, v_GTC)),
+        attn_mask=is_visible_TT,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return out_1HTC[0].transpose(0, 1)
 
 
 def _flash(

@@ -1,0 +1,47 @@
+"""How large a model and its parts are, which may be on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of a model, of its largest tensor, layer, experts of a layer and embedding.
+
+    And of all layers without their experts.
+    """
+
+    model: int
+    tensor: int
+    layer: int
+    layer_experts: int
+    end: int
+    dense: int
+
+    @classmethod
+    def of(cls, model: Any) -> Sizes:
+        """Measure a model, which may be on the meta device."""
+        layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+        experts = [m for m in model.modules() if type(m).__name__.endswith("Experts")]
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        return cls(
+            model=_elements(model),
+            tensor=max(p.numel() for p in model.parameters()),
+            layer=max(_elements(layer) for layer in layers),
+            layer_experts=max(map(_elements, experts), default=0),
+            end=max(_elements(end) for end in ends if end is not None),
+            dense=sum(map(_elements, layers)) - sum(map(_elements, experts)),
+        )
+
+
+def local_shapes(model: nn.Module, shards: int) -> list[tuple[int, ...]]:
+    """Return the shapes of the parameters on one of `shards` GPUs that divide first dimensions."""
+    return [(-(-p.shape[0] // shards), *p.shape[1:]) for p in model.parameters()]
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
