@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from load_launch import LAUNCHES, Launch
 from load_memory import PeakMemory
 from result_file import write
-from step import RandomDocuments
+from step_rows import RandomDocuments
 from torch.distributed.tensor import DTensor
 
 import monkey_patch
@@ -122,7 +123,7 @@ def _load(options: Options, engine: Engine, checkpoint: Path, args: Any) -> Any:
 
 def _place(model: Any, args: Any, engine: Engine) -> Any:
     """Have the trainer shard the model, as it does before the first step."""
-    documents = RandomDocuments(4 * 256, 256, model.config.vocab_size)
+    documents = RandomDocuments(np.full(16, 64), model.config.vocab_size)
     rows = PackedDataset(documents, 256, rows_multiple_of=args.world_size)
     trainer = SftTrainer(
         model=model, args=args, data_collator=PackedCollator(256, 0), train_dataset=rows,

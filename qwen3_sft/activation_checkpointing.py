@@ -55,7 +55,8 @@ def enable_checkpointing(
     }
     if offload:
         functions = {k: partial(_on_host, f, hidden_size) for k, f in functions.items()}
-    for layer, policy in zip(decoder, policies, strict=True):
+    for module, policy in zip(decoder, policies, strict=True):
+        layer: Any = module
         layer.gradient_checkpointing = policy != "none"
         layer._gradient_checkpointing_func = functions.get(policy)
 

@@ -248,7 +248,8 @@ class TrainArguments(TrainingArguments):
         for name, (bad, reason) in REFUSED.items():
             if getattr(self, name) not in bad:
                 raise ValueError(f"--{name} {getattr(self, name)}: {reason}")
-        self.checkpointing, self.activation_checkpointing = self.activation_checkpointing, False
+        self.checkpointing = self.activation_checkpointing
+        self.activation_checkpointing = False  # type: ignore[bad-assignment]
         self.compiles_layers, self.torch_compile = self.torch_compile, False
         super().__post_init__()
 

@@ -94,18 +94,24 @@ def build_trainer(
         engine=engine,
     )
     _check_engine(trainer, engine)
-    if engine.kind == "fsdp" and args.bf16:
+    _shape_layers(trainer, plan)
+    trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, CompletionCallback | StartCallback | PlanCheck):
+            callback.trainer = trainer
+    return trainer
+
+
+def _shape_layers(trainer: SftTrainer, plan: RunPlan) -> None:
+    """Set what accelerate and the Trainer would set otherwise when training begins."""
+    args = trainer.args
+    if plan.engine.kind == "fsdp" and args.bf16:
         set_fsdp_precision(trainer.accelerator.state.fsdp_plugin)
     enable_checkpointing(trainer.model, plan.layers, offload=args.activation_offload)
     if args.compiles_layers:
         compile_layers(trainer.model)
         trainer.recompile_watch = RecompileWatch()
         trainer.add_callback(trainer.recompile_watch)
-    trainer.remove_callback(PrinterCallback)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, CompletionCallback | StartCallback | PlanCheck):
-            callback.trainer = trainer
-    return trainer
 
 
 def _pack(
@@ -149,7 +155,8 @@ def _callbacks(
         EpochCallback(train_rows),
         StartCallback(data.max_length, tokenizer.pad_token_id),
         PlanCheck(
-            plan.components(), plan.expected and plan.expected.tokens_per_second,
+            plan.components(),
+            None if plan.expected is None else plan.expected.tokens_per_second,
             partial(folder.write_json, "plan_check.json"),
         ),
     ]  # fmt: skip

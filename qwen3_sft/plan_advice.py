@@ -46,10 +46,10 @@ def describe_advice(advice: tuple[str, RunPlan] | None) -> str:
 
 
 def _changes(options: Options, engine: Engine) -> Iterator[dict[str, Any]]:
-    auto = {"activation_checkpointing": "auto"}
+    auto: dict[str, Any] = {"activation_checkpointing": "auto"}
     yield from _rows(options, auto)
     if engine.kind == "single" and not options.train_values["optimizer_in_backward"]:
-        low_bit = {**auto, **_LOW_BIT}
+        low_bit: dict[str, Any] = {**auto, **_LOW_BIT}
         if options.train_values["gradient_accumulation_steps"] != 1:
             low_bit["gradient_accumulation_steps"] = 1
         yield from _rows(options, low_bit)

@@ -145,10 +145,11 @@ class _Builder:
 
     def lightest(self, count: int, gpu: Gpu) -> RunPlan:
         """Return the fastest plan with room to spare, or the leanest."""
+        steps: list[tuple[Policy, Policy]] = [("selective", "none"), ("full", "selective")]
         ladder: list[dict[Policy, int]] = [{"none": count}]
-        ladder += [{"selective": n, "none": count - n} for n in range(1, count + 1)]
-        ladder += [{"full": n, "selective": count - n} for n in range(1, count + 1)]
-        plans = (self.plan({k: v for k, v in layers.items() if v}) for layers in ladder)
+        for dear, cheap in steps:
+            ladder += [{dear: n, cheap: count - n} for n in range(1, count)] + [{dear: count}]
+        plans = map(self.plan, ladder)
         return next((p for p in plans if _has_room(p, gpu)), self.plan({"full": count}))
 
     def _activations(self, layers: Mapping[Policy, int]) -> ActivationPlan:

@@ -110,6 +110,8 @@ def test_monkey_patch_stands_alone(name):
         if root == "monkey_patch":
             below = ("monkey_patch.core", "monkey_patch.fp8_selection", "monkey_patch.kernels")
             below = below[2:] if is_kernel else below
+            if name == "monkey_patch.experts_fp8":
+                below += ("monkey_patch.scatter_moe",)
             if name == "monkey_patch.core":
                 below = ()
             is_package = name == "monkey_patch" or imported == "monkey_patch"
