@@ -13,7 +13,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["qwen3_sft*", "monkey_patch*"]),
-    package_data={"monkey_patch.kernels.scatter_moe.triton": ["tiles.json"]},
+    package_data={
+        "monkey_patch.kernels.scatter_moe.triton": ["tiles.json"],
+        "qwen3_sft": ["fp8_measured.json"],
+    },
     install_requires=[
         "torch>=2.11",
         "transformers>=5.23,<6",

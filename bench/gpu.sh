@@ -2,8 +2,8 @@
 # Everything that needs one CUDA GPU, in parts of under 10 minutes each:
 #   bash bench/gpu.sh         the GPU tests, the race of the experts against their peers, and the 30B
 #                             model at full depth on one GPU (where 130 GiB are there)
-#   STEPS=1 bash bench/gpu.sh the ladder and the breakdown at a depth that fits anywhere, packed and
-#                             long documents at full depth
+#   STEPS=1 bash bench/gpu.sh the ladder, the breakdown and FP8 at a depth that fits anywhere, packed
+#                             and long documents at full depth
 #   TUNE=1 bash bench/gpu.sh  a new table of tiles (tiles.json, to replace
 #                             monkey_patch/kernels/scatter_moe/triton/tiles.json)
 # Results go to $OUT (default bench/results/gpu): one JSON per benchmark, the race's table ops.md, and
@@ -85,15 +85,17 @@ full_depth() { # NAME SECONDS OPTION...: all 48 layers, 8-bit states, updated in
 
 if [ -n "${STEPS:-}" ]; then
   # 4 layers are 3.2 billion parameters: 48 GiB with float32 AdamW.
-  step ladder 260 "$python" bench/ladder.py --run --model 30b --layers 4 --max_length 4096 --batch 4 \
-    --dtype autocast --seconds 245 --folder "$out/ladder"
-  step step_breakdown 75 "$python" bench/step.py --model 30b --layers 4 --max_length 4096 --batch 4 \
+  step ladder 230 "$python" bench/ladder.py --run --model 30b --layers 4 --max_length 4096 --batch 4 \
+    --dtype autocast --seconds 215 --folder "$out/ladder"
+  step step_breakdown 50 "$python" bench/step.py --model 30b --layers 4 --max_length 4096 --batch 4 \
     --dtype autocast --rows ours transformers --breakdown --out "$out/step_breakdown.json"
-  full_depth headline_packed 100 --max_length 4096 --batch 4 --lengths packed \
+  step fp8 90 "$python" bench/fp8.py --model 30b --layers 6 --max_length 4096 --batch 4 \
+    --dtype bfloat16 --out "$out/fp8.json" --write qwen3_sft/fp8_measured.json
+  full_depth headline_packed 80 --max_length 4096 --batch 4 --lengths packed \
     --document_tokens 577 --activation_checkpointing selective
-  full_depth headline_32k 80 --max_length 32768 --lengths fixed --warm_up 2 --steps 4 \
+  full_depth headline_32k 60 --max_length 32768 --lengths fixed --warm_up 2 --steps 4 \
     --activation_checkpointing full --activation_offload
-  full_depth headline_128k 110 --max_length 131072 --lengths fixed --warm_up 1 --steps 1 \
+  full_depth headline_128k 70 --max_length 131072 --lengths fixed --warm_up 1 --steps 1 \
     --activation_checkpointing full --activation_offload
   cat "$out"/step_*.json "$out"/headline_*.json
   exit "$failed"

@@ -62,6 +62,8 @@ LADDER = (
          {"torch_compile": True}),
     Rung("attention", "+ varlen attention kernels", {"attn_implementation": "auto"},
          {"layout": "flat"}),
+    Rung("fp8", "+ FP8 experts and attention between the first and the last layer",
+         {"fp8": "all"}),
 )  # fmt: skip
 # Where the ladder starts; the rest of the options is the caller's.
 START: dict[str, Any] = {

@@ -131,7 +131,8 @@ def resolve(options: StepOptions, folder: Path) -> tuple[TrainArguments, ModelAr
         "activation_checkpointing": next(p for p in ("selective", "full", "none") if p in policies),
         "activation_offload": options.activation_offload, "torch_compile": options.torch_compile,
         "experts_implementation": options.experts_implementation,
-        "attn_implementation": options.attn_implementation, "use_liger": options.use_liger,
+        "attn_implementation": options.attn_implementation, "fp8": options.fp8,
+        "use_liger": options.use_liger,
         "max_steps": last, "save_strategy": "no", "disable_tqdm": True,
         "memory_warm_up": False,  # it would be the peak of a batch that is not among the counted
     }  # fmt: skip

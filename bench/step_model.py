@@ -21,6 +21,7 @@ import monkey_patch
 from qwen3_sft.activation_checkpointing import enable_checkpointing
 from qwen3_sft.args import EXPERT_PATCHES, ModelArguments, TrainArguments
 from qwen3_sft.demo.model import tiny_config
+from qwen3_sft.fp8 import choose_fp8
 from qwen3_sft.known_models import KNOWN_CONFIGS
 from qwen3_sft.layer_compile import compile_layers
 from qwen3_sft.model import ModelError, choose_attention
@@ -58,9 +59,14 @@ def build_model(
         model.set_experts_implementation(experts)
     if attention != "torch_varlen":
         model.set_attn_implementation(attention)
-    names = choose_patches(replace(model_args, experts_implementation=experts), attention)
-    patches = [n for n in names if n != "router_aux_loss" or options.router_aux_loss]
-    monkey_patch.apply_patches(model, patches)
+    chosen = replace(model_args, experts_implementation=experts)
+    # Whether documents share a scale is a question of results, not of speed.
+    fp8 = choose_fp8(chosen, args.device, packing=False)
+    patches = [
+        patch for patch in choose_patches(chosen, attention, fp8)
+        if patch != "router_aux_loss" or options.router_aux_loss
+    ]  # fmt: skip
+    applied = monkey_patch.apply_patches(model, patches)
     enable_checkpointing(model, policies, offload=options.activation_offload)
     if options.torch_compile:
         compile_layers(model)
@@ -68,7 +74,7 @@ def build_model(
         "experts_implementation": experts,
         "attn_implementation": attention,
         "use_liger": wants_liger(model_args, args.device),
-        "patches": patches,
+        "patches": list(applied.names),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 

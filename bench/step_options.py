@@ -41,6 +41,9 @@ class StepOptions:
         "scatter_moe", "scatter_moe_recompute", "grouped_mm", "batched_mm", "eager"
     ] = field(default="scatter_moe", metadata={"help": "as in a run"})
     attn_implementation: str = field(default="auto", metadata={"help": "as in a run"})
+    fp8: Literal["off", "attention", "experts", "all"] = field(
+        default="off", metadata={"help": "as in a run; emulated on a CPU"}
+    )
     use_liger: bool | None = field(
         default=None, metadata={"help": "Liger's RMSNorm and RoPE; default: on CUDA"}
     )
@@ -110,6 +113,7 @@ TRANSFORMERS: dict[str, Any] = {
     "activation_checkpointing": "full",
     "activation_offload": False,
     "torch_compile": False,
+    "fp8": "off",
     "optimizer_in_backward": False,
     "clip": "global",
 }

@@ -15,7 +15,9 @@ from collections.abc import Iterable
 from torch import nn
 
 from monkey_patch.core import AppliedPatches, Patch, PatchError, Replacement, apply_plans
+from monkey_patch.experts_fp8 import EXPERTS_FP8
 from monkey_patch.linear_cross_entropy import LINEAR_CROSS_ENTROPY
+from monkey_patch.linear_fp8 import LINEAR_FP8
 from monkey_patch.router_aux_loss import ROUTER_AUX_LOSS, RouterStatistics, router_statistics
 from monkey_patch.scatter_moe import SCATTER_MOE, SCATTER_MOE_RECOMPUTE
 from monkey_patch.varlen_attention import VARLEN_ATTENTION
@@ -34,9 +36,11 @@ __all__ = [
 PATCHES = (
     SCATTER_MOE,
     SCATTER_MOE_RECOMPUTE,
+    EXPERTS_FP8,
     VARLEN_ATTENTION,
     LINEAR_CROSS_ENTROPY,
     ROUTER_AUX_LOSS,
+    LINEAR_FP8,
 )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
@@ -103,7 +103,7 @@ class AppliedPatches:
     names: tuple[str, ...]
     counts: dict[str, int]
     _model: nn.Module
-    _undo: list[tuple[Replacement, object]] = field(default_factory=list)
+    _undo: list[tuple[str, Replacement, object]] = field(default_factory=list)
 
     def __enter__(self) -> AppliedPatches:
         return self
@@ -122,7 +122,7 @@ class AppliedPatches:
         Raises:
             PatchError: an attribute was changed after patching; nothing has been reverted then.
         """
-        for replacement, _ in self._undo:
+        for _, replacement, _ in self._undo:
             if _own(replacement.owner, replacement.attr) is not replacement.new:
                 raise PatchError(
                     f"{replacement.where}.{replacement.attr} was changed after patching; undo that "
@@ -131,9 +131,25 @@ class AppliedPatches:
         if not self._undo:
             return
         while self._undo:
-            _restore(*self._undo.pop())
+            _restore(*self._undo.pop()[1:])
         record = {n: p for n, p in vars(self._model)[_RECORD].items() if n not in self.names}
         setattr(self._model, _RECORD, record)
+
+    @contextmanager
+    def paused(self, *names: str) -> Iterator[None]:
+        """Take some patches off for a while; the others stay, and these come back as they were.
+
+        Args:
+            *names: of patches; those that are not applied are ignored.
+        """
+        taken = [(r, old) for name, r, old in self._undo if name in names]
+        for replacement, old in reversed(taken):
+            _restore(replacement, old)
+        try:
+            yield
+        finally:
+            for replacement, _ in taken:
+                setattr(replacement.owner, replacement.attr, replacement.new)
 
 
 def apply_plans(model: nn.Module, patches: Sequence[Patch]) -> AppliedPatches:
@@ -149,11 +165,11 @@ def apply_plans(model: nn.Module, patches: Sequence[Patch]) -> AppliedPatches:
             patch.register()
     applied = AppliedPatches(tuple(plans), {n: len(p) for n, p in plans.items()}, model)
     with ExitStack() as undo:
-        for replacement in (r for plan in plans.values() for r in plan):
+        for name, replacement in ((n, r) for n, plan in plans.items() for r in plan):
             old = _own(replacement.owner, replacement.attr)
             setattr(replacement.owner, replacement.attr, replacement.new)
             undo.callback(_restore, replacement, old)
-            applied._undo.append((replacement, old))
+            applied._undo.append((name, replacement, old))
         undo.pop_all()
     setattr(model, _RECORD, vars(model).get(_RECORD, {}) | plans)
     for patch in patches:

@@ -21,7 +21,9 @@ import torch
 from torch import nn
 
 from monkey_patch.core import Patch, PatchError, Replacement, class_name
+from monkey_patch.fp8_selection import is_experts
 from monkey_patch.kernels.scatter_moe.op import scatter_moe
+from monkey_patch.kernels.scatter_moe.quantize import Fp8
 
 NAME = "scatter_moe"
 RECOMPUTE_NAME = "scatter_moe_recompute"
@@ -33,6 +35,7 @@ def experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     recompute_hidden: bool = False,
+    fp8: Fp8 = "off",
 ) -> torch.Tensor:
     """Compute a decorated experts module's output; the signature the registry calls.
 
@@ -42,6 +45,7 @@ def experts_forward(
         top_k_index: (T, K); E or more, as under expert parallelism, contributes nothing.
         top_k_weights: (T, K).
         recompute_hidden: as in `kernels.scatter_moe`.
+        fp8: likewise.
 
     Raises:
         PatchError: the module's layout or activation is not what the op computes.
@@ -50,7 +54,7 @@ def experts_forward(
         raise PatchError(f"{type(experts).__name__} {problem}; set experts_implementation='eager'")
     return scatter_moe(
         hidden_states, experts.gate_up_proj, experts.down_proj, top_k_index, top_k_weights,
-        recompute_hidden=recompute_hidden,
+        recompute_hidden=recompute_hidden, fp8=fp8,
     )  # fmt: skip
 
 
@@ -68,7 +72,7 @@ def plan(model: nn.Module, name: str = NAME) -> Iterator[Replacement]:
     for where, module in model.named_modules():
         if class_name(module) == "LigerExperts":
             raise PatchError(f"{where} is LigerExperts, which ignores it; load with swiglu=False")
-        if not _is_experts(module):
+        if not is_experts(module):
             continue
         if problem := _unsupported(module):
             raise PatchError(f"patch {name!r}: {where} ({class_name(module)}) {problem}")
@@ -76,11 +80,6 @@ def plan(model: nn.Module, name: str = NAME) -> Iterator[Replacement]:
             seen.add(id(module.config))
             owner = type(module.config).__name__
             yield Replacement(module.config, "_experts_implementation_internal", name, owner)
-
-
-def _is_experts(module: nn.Module) -> bool:
-    """Tell whether transformers' `use_experts_implementation` decorated the module's class."""
-    return hasattr(type(module), "_apply_gate") and hasattr(module, "is_concatenated")
 
 
 def _unsupported(experts: Any) -> str | None:

@@ -125,6 +125,24 @@ class ModelArguments:
     use_liger: bool | None = field(
         default=None, metadata={"help": "Liger's RMSNorm and RoPE kernels; default: on CUDA"}
     )
+    fp8: Literal["off", "attention", "experts", "all", "auto"] = field(
+        default="off",
+        metadata={
+            "help": "which products run in FP8; router, first and last layer, lm_head, embeddings "
+            "and norms stay in BF16; auto: what a benchmark on this device has shown to be faster"
+        },
+    )
+    fp8_keep: list[str] = field(
+        default_factory=list,
+        metadata={"help": "patterns of module names that stay in BF16 too, `*layers.3.*`"},
+    )
+    fp8_recipe: Literal["rowwise", "tensorwise", "rowwise_with_gw_hp"] = field(
+        default="rowwise", metadata={"help": "torchao's scaling of attention's projections"}
+    )
+    fp8_scaling: Literal["blockwise", "rowwise"] = field(
+        default="blockwise",
+        metadata={"help": "of the experts: blocks of 128 (weights 128 x 128), or whole rows"},
+    )
     fsdp_size: int = field(
         default=1,
         metadata={

@@ -10,13 +10,16 @@ import torch
 import yaml
 
 import monkey_patch
+from monkey_patch.fp8_selection import describe
 from qwen3_sft.engine import check_experts, deepspeed_config, detect
+from qwen3_sft.fp8 import choose_fp8
 from qwen3_sft.meta_model import meta_model
 from qwen3_sft.model import choose_attention
-from qwen3_sft.patches import choose_patches
+from qwen3_sft.patches import choose_patches, fp8_selection
 from qwen3_sft.plan_run import compute_dtype, experts_for, plan_here
 from qwen3_sft.recipe import Options
-from qwen3_sft.zero import check_zero3, describe
+from qwen3_sft.zero import check_zero3
+from qwen3_sft.zero import describe as describe_units
 
 
 def dry_run(options: Options, environment: Mapping[str, str] | None = None) -> Iterator[str]:
@@ -46,12 +49,15 @@ def dry_run(options: Options, environment: Mapping[str, str] | None = None) -> I
     )
     yield f"attention: {attention} ({reason})"
     if engine.kind == "zero3":
-        yield describe(check_zero3(model, deepspeed_config(env)))
+        yield describe_units(check_zero3(model, deepspeed_config(env)))
     chosen = replace(
         options.model,
         experts_implementation=experts_for(options.model.experts_implementation, plan.layers),
     )
-    monkey_patch.apply_patches(model, choose_patches(chosen, attention))  # logs each one
+    fp8 = choose_fp8(chosen, device, packing=options.data.packing)
+    if selection := fp8_selection(model, chosen, fp8):
+        yield describe(selection)
+    monkey_patch.apply_patches(model, choose_patches(chosen, attention, fp8))  # logs each one
     yield from plan.lines()
     plan.check()
 

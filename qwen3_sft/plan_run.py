@@ -19,8 +19,9 @@ from qwen3_sft.activation_plan import ActivationPlan, Policy, activation_plan
 from qwen3_sft.args import EXPERT_PATCHES
 from qwen3_sft.engine import Engine, deepspeed_config
 from qwen3_sft.final_arguments import accumulation_steps, optimizer_arguments, optimizer_name
-from qwen3_sft.memory_plan import GIB, memory_plan
+from qwen3_sft.memory_plan import GIB, Row, memory_plan
 from qwen3_sft.model import weights_dtype
+from qwen3_sft.model_sizes import Sizes
 from qwen3_sft.optimizer_memory import OptimizerChoice, moved_bytes
 from qwen3_sft.plan import Gpu, RunPlan
 from qwen3_sft.recipe import Options, UsageError
@@ -130,6 +131,11 @@ class _Builder:
             deepspeed=deepspeed_config(env) if engine.layout == "zero" else None,
             optimizer=self.optimizer, accumulates=self.accumulation > 1,
         )  # fmt: skip
+        if options.model.fp8 in ("experts", "all"):
+            # Quantised once per pass, as products with the weight and with its transpose ask for.
+            size = 2 * Sizes.of(model).layer_experts // engine.ep_size
+            row = Row("temporaries", "experts of one layer in FP8, both layouts", size)
+            self.memory = dataclasses.replace(self.memory, rows=(*self.memory.rows, row))
         shapes = [tuple(p.shape) for p in model.parameters()]
         self.moved = moved_bytes(shapes, self.optimizer, self.weights)
         self.tokens = values["per_device_train_batch_size"] * options.data.max_length

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import monkey_patch
+from monkey_patch.fp8_selection import Selection, describe
 from qwen3_sft.args import DataArguments, TrainArguments
 from qwen3_sft.build import build_trainer
 from qwen3_sft.checkpoint import CheckpointError, check_resumable, read_manifest
@@ -23,6 +24,7 @@ from qwen3_sft.engine import Engine, check_experts, deepspeed_config, detect
 from qwen3_sft.export import export_model
 from qwen3_sft.export_check import ExportError
 from qwen3_sft.final_arguments import final_arguments
+from qwen3_sft.fp8 import choose_fp8
 from qwen3_sft.hardware import device_info
 from qwen3_sft.isolation import LeakError
 from qwen3_sft.memory_advice import MemorySettings
@@ -37,7 +39,7 @@ from qwen3_sft.model import (
     weights_dtype,
 )
 from qwen3_sft.out_of_memory import GpuMemoryError, naming
-from qwen3_sft.patches import choose_patches
+from qwen3_sft.patches import FP8_PATCHES, choose_patches, fp8_selection
 from qwen3_sft.plan import DOES_NOT_FIT, DoesNotFitError, RunPlan
 from qwen3_sft.plan_advice import describe_advice, nearest
 from qwen3_sft.plan_run import experts_for, plan_here
@@ -56,7 +58,8 @@ from qwen3_sft.run_folder import (
 )
 from qwen3_sft.trainer import NonFiniteError, SftTrainer
 from qwen3_sft.trainer_checkpoint import rows_per_step
-from qwen3_sft.zero import check_zero3, describe
+from qwen3_sft.zero import check_zero3
+from qwen3_sft.zero import describe as describe_units
 
 logger = logging.getLogger(__name__)
 
@@ -123,11 +126,15 @@ def run(options: Options) -> int:
     weights = weights_dtype(options.model, engine, compute)
     attention, reason = choose_attention(options.model.attn_implementation, args.device, compute)
     logger.info("engine: %s; attention: %s (%s)", engine, attention, reason)
+    fp8 = choose_fp8(options.model, args.device, packing=data.packing)
     with naming("loading the weights", MemorySettings.of(args, engine, data.max_length)):
         model: Any = load_model(
             base, options.model, args.device, weights, attention, engine=engine, compute=compute
         )
-        patches = monkey_patch.apply_patches(model, choose_patches(options.model, attention))
+        selection = fp8_selection(model, options.model, fp8)
+        if selection is not None:
+            logger.info("%s", describe(selection))
+        patches = monkey_patch.apply_patches(model, choose_patches(options.model, attention, fp8))
         if engine.layout == "whole":
             model.to(args.device)
 
@@ -135,14 +142,15 @@ def run(options: Options) -> int:
         args, model, tokenizer, train_tokens, eval_tokens, data, folder, checkpoint, plan
     )
     if trainer.is_world_process_zero():
-        _write_records(folder, options, trainer, patches.counts, attention)
+        _write_records(folder, options, trainer, patches.counts, attention, selection)
         folder.write_json("data_report.json", train_tokens.report)
         if data.eval_dataset and eval_tokens is not None:
             folder.write_json("eval_data_report.json", eval_tokens.report)
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    _finish(trainer, options, base, folder)
+    with patches.paused(*FP8_PATCHES):  # whoever loads the model will compute without
+        _finish(trainer, options, base, folder)
     leave_process_group()
     return 0
 
@@ -151,7 +159,7 @@ def _plan(options: Options, engine: Engine, base: Path) -> RunPlan:
     """Plan and say so; a plan that does not fit is a warning, since only the GPU knows."""
     on_meta = meta_model(str(base))
     if engine.kind == "zero3":
-        logger.info("%s", describe(check_zero3(on_meta, deepspeed_config())))
+        logger.info("%s", describe_units(check_zero3(on_meta, deepspeed_config())))
     plan = plan_here(on_meta, options, engine)
     for line in plan.lines():
         logger.info("%s", line)
@@ -215,6 +223,7 @@ def _write_records(
     trainer: SftTrainer,
     patches: dict[str, int],
     attention: str,
+    fp8: Selection | None,
 ) -> None:
     info = device_info()
     folder.write_config(options.resolved())
@@ -229,6 +238,7 @@ def _write_records(
             "autocast_dtype": "bfloat16" if trainer.args.bf16 else None,
             "attn_implementation": attention,
             "patches": patches,
+            "fp8": None if fp8 is None else dataclasses.asdict(fp8),
         },
     )
 

@@ -1,10 +1,11 @@
-"""Triton's interpreter for this test process, with bfloat16 made right.
+"""Triton's interpreter for this test process, with bfloat16 and e4m3 made right.
 
 The interpreter is chosen when kernels are decorated, Triton's own helpers included, so the variable
 has to be set before the first import of triton. It is taken back afterwards: the public functions
 look at it at each call and use the kernels on CPU tensors only while it is set (see
-`use_kernels`). Triton 3.7.1 multiplies the bit patterns of bfloat16 and truncates instead of
-rounding when it casts to it; both are mended here.
+`use_kernels`). Triton 3.7.1 multiplies the bit patterns of bfloat16, truncates instead of rounding
+when it casts to it and gets its denormals wrong; its casts to e4m3 round ties away from zero and
+are off among denormals, and its products in e4m3 take NaN for 480. All of this is mended here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 VARIABLE = "TRITON_INTERPRET"
 KERNEL_MODULES = (
-    "monkey_patch.kernels.scatter_moe.triton.stages",
+    "monkey_patch.kernels.scatter_moe.triton.fp8.stages",
     "monkey_patch.kernels.router.triton.stages",
 )
 
@@ -33,6 +34,7 @@ def enable() -> None:
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = "1"
     _mend_bfloat16()
+    _mend_e4m3()
     for name in KERNEL_MODULES:
         __import__(name)
     if before is None:
@@ -63,6 +65,8 @@ def _mend_bfloat16() -> None:
         return plain_dot(self, widen(a), widen(b), d, *options)
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) == (tl.bfloat16, tl.float32):
+            return widen(src)
         if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
             return plain_cast(self, src, dst_type)
         rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16)
@@ -70,3 +74,30 @@ def _mend_bfloat16() -> None:
         return interpreter.TensorHandle(data, tl.bfloat16)
 
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
+
+
+def _mend_e4m3() -> None:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    plain_dot, plain_cast = builder.create_dot, builder.create_fp_to_fp
+
+    def widen(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.float8e4nv:
+            return handle
+        values = torch.from_numpy(np.ascontiguousarray(handle.data)).view(torch.float8_e4m3fn)
+        return interpreter.TensorHandle(values.float().numpy(), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        return plain_dot(self, widen(a), widen(b), d, *options)
+
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.float8e4nv):
+            return plain_cast(self, src, dst_type, rounding_mode)
+        # The cast of every GPU that has one: to the nearest, ties to even, 448 at most.
+        clamped = torch.from_numpy(np.ascontiguousarray(src.data)).clamp(-448, 448)
+        data = clamped.to(torch.float8_e4m3fn).view(torch.uint8).numpy().reshape(src.data.shape)
+        return interpreter.TensorHandle(data, tl.float8e4nv)
+
+    builder.create_dot, builder.create_fp_to_fp = create_dot, create_fp_to_fp

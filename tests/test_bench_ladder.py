@@ -68,7 +68,9 @@ class TestRows:
     def test_the_last_is_what_a_run_does(self, bench, rows, options):
         _, last = rows[-1]
         changed = bench("step_options").differences(options, last)
-        assert changed == {"activation_checkpointing": "selective", "torch_compile": True}
+        assert changed == {
+            "activation_checkpointing": "selective", "torch_compile": True, "fp8": "all"
+        }  # fmt: skip
 
     def test_names_are_files(self, rows):
         names = [rung.name for rung, _ in rows]

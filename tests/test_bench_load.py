@@ -43,7 +43,8 @@ def test_a_peak_is_seen_though_it_is_gone_at_the_end(bench, tmp_path):
     mapped = tmp_path / "mapped"
     mapped.write_bytes(os.urandom(32 * MIB))
     with memory.PeakMemory() as peak:
-        kept = torch.ones(16 * MIB, dtype=torch.uint8)
+        # Above glibc's largest threshold, so that neither comes out of memory freed before.
+        kept = torch.ones(40 * MIB, dtype=torch.uint8)
         gone = torch.ones(64 * MIB, dtype=torch.uint8)
         pages = torch.from_file(str(mapped), size=32 * MIB, dtype=torch.uint8)
         assert pages.max() > 0
@@ -52,16 +53,16 @@ def test_a_peak_is_seen_though_it_is_gone_at_the_end(bench, tmp_path):
             time.sleep(0.001)
         del gone, pages
     growth = peak.growth
-    assert kept.nbytes == 16 * MIB
-    assert growth.anonymous == pytest.approx(80 * MIB, rel=0.1)
+    assert kept.nbytes == 40 * MIB
+    assert growth.anonymous == pytest.approx(104 * MIB, rel=0.1)
     assert growth.file == pytest.approx(32 * MIB, rel=0.1)
-    assert growth.total_by_kernel == pytest.approx(112 * MIB, rel=0.1)
+    assert growth.total_by_kernel == pytest.approx(136 * MIB, rel=0.1)
     assert growth.total == pytest.approx(growth.total_by_kernel, rel=0.05)
-    assert growth.anonymous_after == pytest.approx(16 * MIB, rel=0.3)
+    assert growth.anonymous_after == pytest.approx(40 * MIB, rel=0.3)
     assert growth.file_after < 8 * MIB
     with memory.PeakMemory(peak.start) as later:
         pass
-    assert later.growth.anonymous >= 8 * MIB, "counted from the same start"
+    assert later.growth.anonymous >= 20 * MIB, "counted from the same start"
 
 
 def test_a_process_in_one_line(bench):

@@ -229,7 +229,7 @@ def test_the_optimizer_steps_in_the_backward_pass(tiny_moe, tokenizer, tmp_path)
         assert not torch.equal(expected, tiny_moe.state_dict()[name]), "nothing was trained"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_code_that_inductor_makes():
     model = make_model(num_hidden_layers=3)
     enable_checkpointing(model, {"full": 1, "selective": 1, "none": 1})

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, str], ...] = (
     ("tokens", "data.prepare data.report data.token_store data.tokenize_rows data.cache_key"),
     ("rows", "data.raw_rows data.readers data.table_rows data.json_rows data.formats data.turns"),
     ("text", "chat.render chat.text chat.pieces chat.templates chat.encoding"),
-    ("options", "engine recipe args memory_plan zero cpu_adam"),
+    ("options", "engine fp8 recipe args memory_plan zero cpu_adam"),
     ("demo", "demo.conversations demo.model"),
     ("facts", "packing flops hardware known_models samples data.tally logs "
      "full_tensors rank_zero hub_writer host_memory model_sizes optimizer_memory"),

@@ -28,6 +28,7 @@ from transformers.generation import GenerationMixin
 from transformers.initialization import no_init_weights
 
 from monkey_patch.core import class_name
+from qwen3_sft.memory_trainer import MemoryTrainer
 from qwen3_sft.trainer import SftTrainer
 from qwen3_sft.trainer_checkpoint import CheckpointedTrainer, _cause
 
@@ -71,7 +72,12 @@ TRAINER = {
     "_get_grad_norm": ("model", "grad_norm"),
     "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
     "log": ("logs", "start_time"),
+    "_inner_training_loop": (
+        "batch_size", "args", "resume_from_checkpoint", "trial", "ignore_keys_for_eval",
+    ),
+    "training_step": ("model", "inputs", "num_items_in_batch"),
 }  # fmt: skip
+TRAINERS = (SftTrainer, MemoryTrainer, CheckpointedTrainer)
 
 
 def parameters(function) -> tuple[str, ...]:
@@ -93,12 +99,12 @@ def test_private_functions_take_what_we_pass(function):
 
 @pytest.mark.parametrize("name", TRAINER)
 def test_overridden_trainer_methods_are_called_as_they_were(name):
-    file = "trainer_checkpoint.py" if name in vars(CheckpointedTrainer) else "trainer.py"
-    assert parameters(getattr(Trainer, name)) == TRAINER[name], f"qwen3_sft/{file}: {name}"
+    kind = next(kind for kind in TRAINERS if name in vars(kind))
+    assert parameters(getattr(Trainer, name)) == TRAINER[name], f"{kind.__module__}: {name}"
 
 
 def test_every_override_is_listed_here():
-    ours = {*vars(CheckpointedTrainer), *vars(SftTrainer)} & set(dir(Trainer))
+    ours = {name for kind in TRAINERS for name in vars(kind)} & set(dir(Trainer))
     assert {name for name in ours if not name.startswith("__")} == set(TRAINER)
 
 

@@ -88,7 +88,7 @@ class Cases:
 @pytest.fixture
 def cases(tokenizer, tmp_path):
     config = tiny_config(
-        len(tokenizer), hidden_size=64, moe_intermediate_size=48, num_hidden_layers=2,
+        len(tokenizer), hidden_size=64, moe_intermediate_size=48, num_hidden_layers=3,
         num_experts=8, head_dim=16,
     )  # fmt: skip
     tiny_model(config).save_pretrained(tmp_path / "base")
@@ -104,41 +104,33 @@ def cases(tokenizer, tmp_path):
     )  # fmt: skip
 
 
+# The layer between the first and the last.
+FP8 = ("--fp8", "all", "--save_strategy", "no")
+
+
 def test_every_engine_equals_one_process(cases):
     cases.add("one")
     cases.add("one_after", after="one")
+    cases.add("fp8", None, *FP8)
     codes, printed = cases.run(1)
     assert set(codes.values()) == {0}, printed
 
-    best = ("--load_best_model_at_end", "true")
-    warm = ("--memory_warm_up", "true")  # leaves no trace
-    cases.add("ddp", None, *warm)
-    cases.add("ddp_after", after="ddp")
-    cases.add("native", None, *NATIVE, *warm)
-    cases.add("ep2", None, *EP2, "--num_samples", 1, "--sample_max_new_tokens", 2)
-    selective = ("--activation_checkpointing", "selective")
-    recompute = ("--activation_checkpointing", "full")
-    cases.add("ep2_after", None, *EP2, *selective, *warm, after="ep2")
-    cases.add("ep2_after_ep1", None, *EP2, after="native")
-    cases.add("fsdp", "fsdp", "--num_samples", 1, "--sample_max_new_tokens", 2)
-    cases.add("fsdp_after", "fsdp", *selective, *warm, after="fsdp")
-    cases.add("fsdp_after_native", "fsdp", after="native")
-    cases.add("full", "fsdp", *best, environment=FULL)
-    cases.add("full_after", "fsdp", after="full", environment=FULL)
-    cases.add("zero2", "zero2")
-    cases.add("zero2_after", "zero2", after="zero2")
     zero3 = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(nothing_persists(cases.root))}
-    samples = ("--num_samples", 1, "--sample_max_new_tokens", 2)
-    cases.add("zero3", "zero3", *samples, *best, environment=zero3)
-    cases.add("zero3_after", "zero3", *recompute, after="zero3", environment=zero3)
+    add_runs_on_two(cases, zero3)
     on_two = [case["name"] for case in cases.cases]
+    cases.add("fp8_native", None, *NATIVE, *FP8)
+    cases.add("fp8_ep2", None, *EP2, *FP8)
+    cases.add("fp8_fsdp", "fsdp", *FP8)
+    cases.add("fp8_zero3", "zero3", *FP8, environment=zero3)
+    in_fp8 = [case["name"] for case in cases.cases[len(on_two) :]]
     failing = ("refused", "bad_ep2", "bad_zero2", "bad_zero3")
     cases.add("refused", None, *NATIVE, after="zero3")
     cases.add("bad_ep2", None, *EP2, *TOO_FAST)
     cases.add("bad_zero2", "zero2", *TOO_FAST)
     cases.add("bad_zero3", "zero3", *TOO_FAST, environment=zero3)
     codes, printed = cases.run(2)
-    assert codes == dict.fromkeys(on_two, 0) | dict.fromkeys(failing, 1), printed
+    fine = dict.fromkeys((*on_two, *in_fp8), 0)
+    assert codes == fine | dict.fromkeys(failing, 1), printed
     assert printed.count("NonFiniteError: steps 2 to 3 all had") >= 3, printed
     assert "was saved under DeepSpeed ZeRO, this run uses FSDP2" in printed
 
@@ -161,8 +153,33 @@ def test_every_engine_equals_one_process(cases):
     check_experts(cases.root, {"ddp": (2, 8), "native": (2, 8), "fsdp": (2, 8), "zero3": (2, 8)})
     check_experts(cases.root, {"ep2": (2, 4), "ep4": (4, 2), "hsdp": (4, 4)})
     check_bitwise_resume(cases.root)
+    check_fp8(cases.root, in_fp8)
     for name in ("ep2", "fsdp", "zero3"):
         assert len((cases.root / name / "samples.jsonl").read_text().splitlines()) == 3, name
+
+
+def add_runs_on_two(cases: Cases, zero3: dict[str, str]) -> None:
+    """Add every engine for two processes, and resumes within an engine and from one to another."""
+    best = ("--load_best_model_at_end", "true")
+    samples = ("--num_samples", 1, "--sample_max_new_tokens", 2)
+    selective = ("--activation_checkpointing", "selective")
+    warm = ("--memory_warm_up", "true")  # leaves no trace
+    cases.add("ddp", None, *warm)
+    cases.add("ddp_after", after="ddp")
+    cases.add("native", None, *NATIVE, *warm)
+    cases.add("ep2", None, *EP2, *samples)
+    cases.add("ep2_after", None, *EP2, *selective, *warm, after="ep2")
+    cases.add("ep2_after_ep1", None, *EP2, after="native")
+    cases.add("fsdp", "fsdp", *samples)
+    cases.add("fsdp_after", "fsdp", *selective, *warm, after="fsdp")
+    cases.add("fsdp_after_native", "fsdp", after="native")
+    cases.add("full", "fsdp", *best, environment=FULL)
+    cases.add("full_after", "fsdp", after="full", environment=FULL)
+    cases.add("zero2", "zero2")
+    cases.add("zero2_after", "zero2", after="zero2")
+    cases.add("zero3", "zero3", *samples, *best, environment=zero3)
+    recompute = ("--activation_checkpointing", "full")
+    cases.add("zero3_after", "zero3", *recompute, after="zero3", environment=zero3)
 
 
 def nothing_persists(root: Path) -> Path:
@@ -208,6 +225,26 @@ def check_experts(root: Path, expected: dict[str, tuple[int, int]]) -> None:
             seen = json.loads((root / f"{name}.{rank}.json").read_text())
             assert seen["local_experts"] == [num_local], (name, rank, seen)
             assert seen["calls"] >= 2 * 4 * (4 // num_ranks), (name, rank, seen)
+
+
+def check_fp8(root: Path, names: list[str]) -> None:
+    """The same modules in FP8 under every engine, and the curve of one process in FP8.
+
+    A sum in another order may round a value to the next of e4m3's, a sixteenth of it away.
+    """
+    plain, one = metrics(root / "one"), metrics(root / "fp8")
+    assert all(abs(a["loss"] / b["loss"] - 1) > 1e-5 for a, b in zip(one, plain, strict=True))
+    converted = json.loads((root / "fp8" / "environment.json").read_text())["fp8"]["converted"]
+    assert len(converted) == 5
+    assert all(name.startswith("model.layers.1.") for name in converted)
+    for name in names:
+        record = json.loads((root / name / "environment.json").read_text())
+        assert record["fp8"]["converted"] == converted, name
+        found = metrics(root / name)
+        assert found[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5), name
+        for a, b in zip(found, one, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3), (name, a["step"])
+        assert exported(root / name).keys() == exported(root / "fp8").keys()
 
 
 def check_bitwise_resume(root: Path) -> None:

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from qwen3_sft.demo.model import write_checkpoint
 from qwen3_sft.metrics import KEYS
+from qwen3_sft.run import run_command
 from tests.commands import cli, metrics, run, succeeds
 
 pytestmark = pytest.mark.e2e
@@ -141,27 +142,45 @@ def test_killed_run_resumes_to_the_same_weights(base, tmp_path):
     assert (out / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
-def test_mistakes_end_with_code_2_and_say_where(base, tmp_path):
-    data = tmp_path / "rows.jsonl"
-    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    data.write_text(json.dumps(good) + '\n{"messages": [{"role": "Assistant", "content": "x"}]}\n')
+def test_a_bad_row_ends_with_code_2_and_its_place(base, tmp_path):
+    data = bad_rows(tmp_path)
     where = ("--model_name_or_path", base, "--dataset", data, "--output_dir", tmp_path / "run")
     result = cli("train", *where, "--data_cache_dir", tmp_path / "cache")
     assert result.returncode == 2
     assert f"{data}:2" in result.stdout
     assert "Assistant" in result.stdout
     assert "Traceback" not in result.stdout + result.stderr
-    for arguments, named in (
+
+
+def bad_rows(folder):
+    """Write a good row and one whose role is none."""
+    data = folder / "rows.jsonl"
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    data.write_text(json.dumps(good) + '\n{"messages": [{"role": "Assistant", "content": "x"}]}\n')
+    return data
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
         (("--modle", "x"), "--model_name_or_path"),
-        (("--resume", tmp_path / "absent", *where), "--resume"),
-        (("--deepspeed", "x.json", "--max_rows", 1, *where), "config/zero3.json"),
-        (("--early_stopping_patience", 2, "--max_rows", 1, *where), "--load_best_model_at_end"),
-        (("--report_to", "trackio", "--max_rows", 1, *where), "--report_to trackio: not installed"),
-        ((*where, "--output_dir", data / "below"), f"--output_dir {data / 'below'}"),
-    ):
-        result = cli("train", *arguments, "--data_cache_dir", tmp_path / "cache")
-        assert result.returncode == 2, result.stdout
-        assert named in result.stdout
+        (("--resume", "absent"), "--resume"),
+        (("--deepspeed", "x.json", "--max_rows", 1), "config/zero3.json"),
+        (("--early_stopping_patience", 2, "--max_rows", 1), "--load_best_model_at_end"),
+        (("--report_to", "trackio", "--max_rows", 1), "--report_to trackio: not installed"),
+        (("--output_dir", "FILE/below"), "--output_dir"),
+    ],
+)
+def test_a_mistake_ends_with_code_2_and_its_name(base, tmp_path, caplog, arguments, named):
+    """In this process: that the launcher passes the code on is shown above."""
+    data = bad_rows(tmp_path)
+    words = (
+        "--model_name_or_path", base, "--dataset", data, "--output_dir", tmp_path / "run",
+        "--data_cache_dir", tmp_path / "cache", "--use_cpu", "true", *arguments,
+    )  # fmt: skip
+    with caplog.at_level("INFO", logger="qwen3_sft"):
+        assert run_command([str(word).replace("FILE", str(data)) for word in words]) == 2
+    assert named in caplog.text
 
 
 def test_resume_never_refuses_a_used_folder(base, tmp_path):

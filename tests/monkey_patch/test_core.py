@@ -158,3 +158,21 @@ def test_patches_are_documented():
         assert patch.upstream
         assert patch.requires
         assert patch.unmet() == []
+
+
+def test_some_patches_pause_and_come_back():
+    net = _net()
+    before = _state(net)
+    fast = _patch("fast", ("config", "mode", "fast"))
+    zeros = _patch("zeros", ("0.0", "forward", torch.zeros_like))
+    applied = apply_patches(net, [fast, zeros])
+    patched = _state(net)
+    with applied.paused("zeros", "not applied"):
+        assert net.config.mode == "fast"
+        assert "forward" not in vars(net[0][0])
+    assert _state(net) == patched
+    with applied.paused("fast", "zeros"):
+        assert net.config.mode == before[1]["_mode"]
+        assert "forward" not in vars(net[0][0])
+    assert _state(net) == patched
+    assert applied.counts == {"fast": 1, "zeros": 1}

@@ -5,15 +5,17 @@ selective activation checkpointing can name it: a policy that saves its results 
 product, nor the routing, a second time. Saved for the backward pass are the arguments themselves
 (never a view, transpose or cast of a weight, which would keep gathered ZeRO-3 parameters alive),
 hidden and the routing: 2 * K * (2F + 4) bytes per token in bf16, or 8 * K with `recompute_hidden`.
+In FP8 it is the same operator with an argument, and saves the same: nothing quantised is kept.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from monkey_patch.kernels.scatter_moe.block import expert_backward, expert_forward
+from monkey_patch.kernels.scatter_moe.quantize import Fp8
 from monkey_patch.kernels.scatter_moe.routing import Routing
 
 
@@ -26,6 +28,7 @@ def scatter_moe(
     *,
     recompute_hidden: bool = False,
     accumulate_gradients: bool = False,
+    fp8: Fp8 = "off",
 ) -> torch.Tensor:
     """Route each token through its K experts (SwiGLU) and add the results with their weights.
 
@@ -46,21 +49,26 @@ def scatter_moe(
         accumulate_gradients: add the gradients of the two weights to their `.grad` where they have
             one, inside the kernels. Saves a temporary and a pass, but hooks on these gradients do
             not fire; ignored under torch.compile.
+        fp8: scaling of the operands of the four products with a weight, quantised to e4m3
+            (`quantize.py`); "off" multiplies in the dtype of `x_TD`. The gradients of the weights
+            are products in the dtype of `x_TD` either way. Emulated in float32 on a CPU.
 
     Returns:
         (T, D) in the dtype of `x_TD`; under autocast computed in the autocast dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together.
+        ValueError: shapes, dtypes or devices do not fit together; FP8 of float64, or on a CUDA
+            device that has none (below sm_89).
     """
     _check(x_TD, gate_up_proj_E2FD, down_proj_EDF, top_k_index_TK, top_k_weights_TK)
+    _check_fp8(fp8, x_TD, gate_up_proj_E2FD, down_proj_EDF)
     device, out_dtype = x_TD.device.type, x_TD.dtype
     if torch.is_autocast_enabled(device):
         x_TD = x_TD.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         out_TD, *_ = _scatter_moe(
             x_TD, gate_up_proj_E2FD, down_proj_EDF, top_k_index_TK, top_k_weights_TK,
-            recompute_hidden, accumulate_gradients,
+            recompute_hidden, accumulate_gradients, fp8,
         )  # fmt: skip
     return out_TD.to(out_dtype)
 
@@ -78,10 +86,12 @@ def _scatter_moe(
     top_k_weights: torch.Tensor,
     recompute_hidden: bool,
     accumulate_gradients: bool,
+    fp8: str = "off",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     out, hidden, routing = expert_forward(
-        x, gate_up_proj, down_proj, top_k_index, top_k_weights, keep_hidden=not recompute_hidden
-    )
+        x, gate_up_proj, down_proj, top_k_index, top_k_weights,
+        keep_hidden=not recompute_hidden, fp8=fp8,
+    )  # fmt: skip
     hidden = x.new_empty(0) if hidden is None else hidden
     return out, hidden, routing.offsets, routing.slot_of_row, routing.row_of_slot
 
@@ -95,6 +105,7 @@ def _scatter_moe_shapes(
     top_k_weights: torch.Tensor,
     recompute_hidden: bool,
     accumulate_gradients: bool,
+    fp8: str = "off",
 ) -> _Outputs:
     rows, (experts, width, _) = top_k_index.numel(), gate_up_proj.shape
     hidden = x.new_empty(0) if recompute_hidden else x.new_empty(rows, width)
@@ -104,7 +115,7 @@ def _scatter_moe_shapes(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
-    x, gate_up_proj, down_proj, _, weights, _, ctx.accumulate_gradients = inputs
+    x, gate_up_proj, down_proj, _, weights, _, ctx.accumulate_gradients, ctx.fp8 = inputs
     ctx.save_for_backward(x, gate_up_proj, down_proj, weights, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     # Otherwise autograd makes zeros of hidden's size for a gradient that nobody asked for.
@@ -113,7 +124,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
 
 def _backward(ctx: Any, d_out: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
     if d_out is None:
-        return (None,) * 7
+        return (None,) * 8
     x, gate_up, down, weights, hidden, *routing = ctx.saved_tensors
     needs_x, needs_gate_up, needs_down, _, needs_weights = ctx.needs_input_grad[:5]
     needs = [needs_x, needs_gate_up, needs_down, needs_weights]
@@ -121,13 +132,15 @@ def _backward(ctx: Any, d_out: torch.Tensor | None, *_: Any) -> tuple[torch.Tens
     if ctx.accumulate_gradients and any(grad is not None for grad in existing):
         gradients = expert_backward(
             d_out, x, gate_up, down, weights, hidden if hidden.numel() else None,
-            Routing(*routing), needs=needs, accumulate_into=existing,
+            Routing(*routing), needs=needs, accumulate_into=existing, fp8=ctx.fp8,
         )  # fmt: skip
     else:
-        found = _scatter_moe_backward(d_out, x, gate_up, down, weights, hidden, *routing, needs)
+        found = _scatter_moe_backward(
+            d_out, x, gate_up, down, weights, hidden, *routing, needs, ctx.fp8
+        )
         gradients = [grad if need else None for grad, need in zip(found, needs, strict=True)]
     d_x, d_gate_up, d_down, d_weights = gradients
-    return d_x, d_gate_up, d_down, None, d_weights, None, None
+    return d_x, d_gate_up, d_down, None, d_weights, None, None, None
 
 
 def _existing(weight: torch.Tensor) -> torch.Tensor | None:
@@ -152,11 +165,12 @@ def _scatter_moe_backward(
     slot_of_row: torch.Tensor,
     row_of_slot: torch.Tensor,
     needs: list[bool],
+    fp8: str = "off",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of `expert_backward`; an empty tensor for one that is not needed."""
     gradients = expert_backward(
         d_out, x, gate_up_proj, down_proj, top_k_weights, hidden if hidden.numel() else None,
-        Routing(offsets, slot_of_row, row_of_slot), needs=needs,
+        Routing(offsets, slot_of_row, row_of_slot), needs=needs, fp8=fp8,
     )  # fmt: skip
     d_x, d_gate_up, d_down, d_weights = (x.new_empty(0) if g is None else g for g in gradients)
     return d_x, d_gate_up, d_down, d_weights
@@ -174,6 +188,7 @@ def _scatter_moe_backward_shapes(
     slot_of_row: torch.Tensor,
     row_of_slot: torch.Tensor,
     needs: list[bool],
+    fp8: str = "off",
 ) -> _Gradients:
     of = (x, gate_up_proj, down_proj, top_k_weights)
     d_x, d_gate_up, d_down, d_weights = (
@@ -220,4 +235,14 @@ def _check(
         raise ValueError(
             f"x is {x_TD.dtype} but gate_up_proj {gate_up_proj_E2FD.dtype} and down_proj "
             f"{down_proj_EDF.dtype}; cast them to one dtype or run under torch.autocast"
+        )
+
+
+def _check_fp8(fp8: str, *tensors: torch.Tensor) -> None:
+    if fp8 not in get_args(Fp8):
+        raise ValueError(f"fp8 is {fp8!r}, expected one of {', '.join(get_args(Fp8))}")
+    if fp8 != "off" and any(t.dtype == torch.float64 for t in tensors):
+        raise ValueError(
+            "fp8 quantises bfloat16, float16 and float32; x, gate_up_proj or down_proj is float64: "
+            "cast it or set fp8='off'"
         )

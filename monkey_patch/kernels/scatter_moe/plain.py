@@ -27,8 +27,14 @@ def sort_by_expert(index_TK: torch.Tensor, num_experts: int) -> Routing:
     )
 
 
-class PlainStages:
-    """The stages of one pass over one routing; the interface of `triton.stages.TritonStages`."""
+def silu_and_multiply(hidden_N2F: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up, (N, F), of the two halves of `hidden_N2F`."""
+    gate_NF, up_NF = hidden_N2F.chunk(2, dim=-1)
+    return F.silu(gate_NF) * up_NF
+
+
+class CommonStages:
+    """What the plain stages share, whatever their operands are."""
 
     sort_by_expert = staticmethod(sort_by_expert)
 
@@ -39,31 +45,6 @@ class PlainStages:
         self.slot = routing.slot_of_row[: offsets[-1]].long()
         self.token = self.slot // top_k
         self.top_k = top_k
-
-    def up(
-        self, x_TD: torch.Tensor, gate_up_proj_E2FD: torch.Tensor, *, hidden: bool, act: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return hidden (T * K, 2F) and act (T * K, F), None for one that is not wanted."""
-        hidden_N2F = self._product(x_TD[self.token], gate_up_proj_E2FD.transpose(1, 2))
-        gate_NF, up_NF = hidden_N2F.chunk(2, dim=-1)
-        return hidden_N2F if hidden else None, F.silu(gate_NF) * up_NF if act else None
-
-    def down(self, act_NF: torch.Tensor, down_proj_EDF: torch.Tensor) -> torch.Tensor:
-        """Return act @ down[e].T, (T * K, D)."""
-        return self._product(act_NF, down_proj_EDF.transpose(1, 2))
-
-    def input_gradient(
-        self, d_hidden_N2F: torch.Tensor, gate_up_proj_E2FD: torch.Tensor
-    ) -> torch.Tensor:
-        """Return d_hidden @ gate_up[e], (T * K, D)."""
-        return self._product(d_hidden_N2F, gate_up_proj_E2FD)
-
-    def _product(self, rows_NK: torch.Tensor, weight_EKM: torch.Tensor) -> torch.Tensor:
-        # Zeros, so that rows of sentinels stay finite through the gate.
-        out_NM = rows_NK.new_zeros(len(self.routing.slot_of_row), weight_EKM.shape[2])
-        for (start, end), weight_KM in zip(self.bounds, weight_EKM, strict=True):
-            torch.mm(rows_NK[start:end], weight_KM, out=out_NM[start:end])
-        return out_NM
 
     def combine(self, rows_ND: torch.Tensor, weights_TK: torch.Tensor | None) -> torch.Tensor:
         """Return the (weighted) sum of the K rows of every token, (T, D)."""
@@ -76,22 +57,18 @@ class PlainStages:
         out_T1D = torch.bmm(factor_TK[:, None].to(wide), rows_TKD.to(wide))
         return out_T1D[:, 0].to(rows_ND.dtype)
 
-    def activation_gradient(
+    def swiglu_gradient(
         self,
-        d_out_TD: torch.Tensor,
-        down_proj_EDF: torch.Tensor,
+        d_act_NF: torch.Tensor,
         hidden_N2F: torch.Tensor,
         weights_TK: torch.Tensor,
         *,
         act: bool,
         overwrite: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Return d_hidden (T * K, 2F), weight * act (T * K, F) or None, d_weights (T, K).
-
-        With `overwrite` d_hidden takes the memory of `hidden_N2F`.
-        """
-        wide = torch.promote_types(d_out_TD.dtype, torch.float32)
-        d_act_NF = self._product(d_out_TD[self.token], down_proj_EDF).to(wide)
+        """Return what `activation_gradient` does, from d_out @ down[e], which is overwritten."""
+        wide = torch.promote_types(hidden_N2F.dtype, torch.float32)
+        d_act_NF = d_act_NF.to(wide)
         gate_NF, up_NF = hidden_N2F.to(wide).chunk(2, dim=-1)
         sigmoid_NF = torch.sigmoid(gate_NF)
         silu_NF = gate_NF * sigmoid_NF
@@ -110,12 +87,6 @@ class PlainStages:
         scaled_act_NF = (act_NF * factor_N1).to(hidden_N2F.dtype) if act else None
         return d_hidden_N2F, scaled_act_NF, d_weights_N.view_as(weights_TK)
 
-    def gate_up_gradient(
-        self, d_hidden_N2F: torch.Tensor, x_TD: torch.Tensor, out: torch.Tensor, *, accumulate: bool
-    ) -> None:
-        """Write d_hidden[e].T @ x[e] to `out` (E, 2F, D), or add it."""
-        self._expert_gradient(d_hidden_N2F, x_TD[self.token], out, accumulate)
-
     def down_gradient(
         self,
         d_out_TD: torch.Tensor,
@@ -127,9 +98,60 @@ class PlainStages:
         """Write d_out[e].T @ (weight * act)[e] to `out` (E, D, F), or add it."""
         self._expert_gradient(d_out_TD[self.token], scaled_act_NF, out, accumulate)
 
+    def _product(self, rows_NK: torch.Tensor, weight_EKM: torch.Tensor) -> torch.Tensor:
+        # Zeros, so that rows of sentinels stay finite through the gate.
+        out_NM = rows_NK.new_zeros(len(self.routing.slot_of_row), weight_EKM.shape[2])
+        for (start, end), weight_KM in zip(self.bounds, weight_EKM, strict=True):
+            torch.mm(rows_NK[start:end], weight_KM, out=out_NM[start:end])
+        return out_NM
+
     def _expert_gradient(
         self, left_NM: torch.Tensor, right_NK: torch.Tensor, out_EMK: torch.Tensor, accumulate: bool
     ) -> None:
         for (start, end), out_MK in zip(self.bounds, out_EMK, strict=True):
             product_MK = left_NM[start:end].T @ right_NK[start:end]
             out_MK.copy_(out_MK + product_MK if accumulate else product_MK)
+
+
+class PlainStages(CommonStages):
+    """The stages of one pass over one routing; the interface of `triton.stages.TritonStages`."""
+
+    def up(
+        self, x_TD: torch.Tensor, gate_up_proj_E2FD: torch.Tensor, *, hidden: bool, act: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return hidden (T * K, 2F) and act (T * K, F), None for one that is not wanted."""
+        hidden_N2F = self._product(x_TD[self.token], gate_up_proj_E2FD.transpose(1, 2))
+        return hidden_N2F if hidden else None, silu_and_multiply(hidden_N2F) if act else None
+
+    def down(self, act_NF: torch.Tensor, down_proj_EDF: torch.Tensor) -> torch.Tensor:
+        """Return act @ down[e].T, (T * K, D)."""
+        return self._product(act_NF, down_proj_EDF.transpose(1, 2))
+
+    def input_gradient(
+        self, d_hidden_N2F: torch.Tensor, gate_up_proj_E2FD: torch.Tensor
+    ) -> torch.Tensor:
+        """Return d_hidden @ gate_up[e], (T * K, D)."""
+        return self._product(d_hidden_N2F, gate_up_proj_E2FD)
+
+    def activation_gradient(
+        self,
+        d_out_TD: torch.Tensor,
+        down_proj_EDF: torch.Tensor,
+        hidden_N2F: torch.Tensor,
+        weights_TK: torch.Tensor,
+        *,
+        act: bool,
+        overwrite: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Return d_hidden (T * K, 2F), weight * act (T * K, F) or None, d_weights (T, K).
+
+        With `overwrite` d_hidden takes the memory of `hidden_N2F`.
+        """
+        d_act_NF = self._product(d_out_TD[self.token], down_proj_EDF)
+        return self.swiglu_gradient(d_act_NF, hidden_N2F, weights_TK, act=act, overwrite=overwrite)
+
+    def gate_up_gradient(
+        self, d_hidden_N2F: torch.Tensor, x_TD: torch.Tensor, out: torch.Tensor, *, accumulate: bool
+    ) -> None:
+        """Write d_hidden[e].T @ x[e] to `out` (E, 2F, D), or add it."""
+        self._expert_gradient(d_hidden_N2F, x_TD[self.token], out, accumulate)

@@ -8,12 +8,26 @@ from typing import NamedTuple
 import torch
 
 from monkey_patch.kernels.launch import Launch
+from monkey_patch.kernels.scatter_moe.quantize import BLOCK, Fp8, Quantized, QuantizedRows
 from monkey_patch.kernels.scatter_moe.routing import Routing, new_routing
 from monkey_patch.kernels.scatter_moe.triton.activation_gradient import (
     activation_gradient_launch,
     num_partials,
 )
 from monkey_patch.kernels.scatter_moe.triton.combine import combine_launch, routing_gradient_launch
+from monkey_patch.kernels.scatter_moe.triton.fp8.activation_gradient import (
+    fp8_activation_gradient_launch,
+    quantizes_d_hidden,
+)
+from monkey_patch.kernels.scatter_moe.triton.fp8.product import fp8_product_launch
+from monkey_patch.kernels.scatter_moe.triton.fp8.quantize import (
+    new_quantized,
+    new_quantized_rows,
+    new_quantized_weight,
+    quantize_rows_launch,
+    quantize_weight_launches,
+)
+from monkey_patch.kernels.scatter_moe.triton.fp8.up import fp8_up_launch, quantizes_act
 from monkey_patch.kernels.scatter_moe.triton.product import product_launch
 from monkey_patch.kernels.scatter_moe.triton.routing import sort_launches
 from monkey_patch.kernels.scatter_moe.triton.rows import RowTiles
@@ -68,8 +82,11 @@ def launches(
     weight_dtype: torch.dtype | None = None,
     *,
     recompute_hidden: bool = False,
+    fp8: Fp8 = "off",
 ) -> dict[str, list[Launch]]:
     """Return the launches by stage: the five of `tiles.STAGES`, "routing" and "combine".
+
+    In FP8 also "quantize", and the products with a weight are those in `triton/fp8/`.
 
     Args:
         shape: sizes of the block.
@@ -77,6 +94,7 @@ def launches(
         dtype: of activations and products.
         weight_dtype: of the weights' gradients; `dtype` if None.
         recompute_hidden: two launches of "up", each with one result, instead of one with both.
+        fp8: scaling of the operands of the products with a weight.
     """
     b = _Buffers(shape, dtype, weight_dtype or dtype)
     slots, top_k = b.routing.slot_of_row, shape.top_k
@@ -100,7 +118,7 @@ def launches(
             gather_left=gather_left, accumulate=False,
         )  # fmt: skip
 
-    return {
+    by_stage = {
         "routing": [
             *sort_launches(b.index, shape.experts, b.routing),
             *(b.row_tiles.new(height)[1] for height in sorted(heights)),
@@ -125,6 +143,71 @@ def launches(
             expert_gradient(b.x, b.act, b.d_down, gather_left=True),
         ],
     }
+    if fp8 == "off":
+        return by_stage
+    cuts = up, down, gradient, inputs
+    return by_stage | _fp8_launches(b, cuts, fp8, partials, recompute_hidden=recompute_hidden)
+
+
+def _fp8_launches(
+    b: _Buffers,
+    cuts: tuple[Tiles, Tiles, Tiles, Tiles],
+    fp8: Fp8,
+    partials: torch.Tensor,
+    *,
+    recompute_hidden: bool,
+) -> dict[str, list[Launch]]:
+    """Return the launches of the stages whose operands are in FP8, and of what quantises."""
+    is_blockwise = fp8 == "blockwise"
+    block = BLOCK if is_blockwise else None
+    slots, width = b.routing.slot_of_row, b.shape.intermediate
+    up, down, gradient, inputs = cuts
+    up_weight, down_weight = (new_quantized(w, block) for w in (b.gate_up, b.down))
+    up_turned, down_turned = (new_quantized(w.mT, block) for w in (b.gate_up, b.down))
+    x, act, d_hidden = (new_quantized_rows(t.shape, t, block) for t in (b.x, b.act, b.hidden))
+    fuses_act = quantizes_act(width, up, blockwise=is_blockwise)
+    fuses_d_hidden = quantizes_d_hidden(width, gradient, blockwise=is_blockwise)
+
+    def up_stage(hidden: torch.Tensor | None, *, with_act: bool) -> Launch:
+        return fp8_up_launch(
+            x, up_weight, hidden, (act if fuses_act else b.act) if with_act else None,
+            slots, _map(b, up), b.shape.top_k, up, blockwise=is_blockwise,
+        )  # fmt: skip
+
+    def product(rows: QuantizedRows, weight: Quantized, tiles: Tiles) -> Launch:
+        return fp8_product_launch(
+            rows, weight, b.rows_out, _map(b, tiles), tiles, blockwise=is_blockwise
+        )
+
+    gradient_stage = fp8_activation_gradient_launch(
+        x, down_turned, b.hidden, b.weights, b.hidden, d_hidden if fuses_d_hidden else None,
+        b.act, partials, slots, _map(b, gradient), gradient, blockwise=is_blockwise,
+    )  # fmt: skip
+    return {
+        "quantize": _quantize_launches(
+            b, block, recompute_hidden, act=not fuses_act, d_hidden=not fuses_d_hidden
+        ),
+        "up": [up_stage(None, with_act=True), up_stage(b.hidden, with_act=False)]
+        if recompute_hidden
+        else [up_stage(b.hidden, with_act=True)],
+        "down": [product(act, down_weight, down)],
+        "activation_gradient": [gradient_stage],
+        "input_gradient": [product(d_hidden, up_turned, inputs)],
+    }
+
+
+def _quantize_launches(
+    b: _Buffers, block: int | None, recompute_hidden: bool, *, act: bool, d_hidden: bool
+) -> list[Launch]:
+    rows = [b.x, *([b.act] if act else []), *([b.hidden] if d_hidden else [])]
+    found = [quantize_rows_launch(t, new_quantized_rows(t.shape, t, block), block) for t in rows]
+    forward, backward = {"forward": True, "backward": False}, {"forward": False, "backward": True}
+    again = {"forward": recompute_hidden, "backward": True}
+    for weight, ways in ((b.d_gate_up, (forward, again)), (b.d_down, (forward, backward))):
+        for way in ways:
+            out = new_quantized_weight(weight, block, **way)
+            found += quantize_weight_launches(weight, out, block)
+    return found
 
 
 def _map(buffers: _Buffers, tiles: Tiles) -> torch.Tensor:

@@ -19,6 +19,7 @@ from monkey_patch.kernels.launch import next_power_of_2
 
 TABLE = Path(__file__).with_name("tiles.json")
 STAGES = ("up", "down", "activation_gradient", "input_gradient", "weight_gradient")
+FP8_STAGES = STAGES[:-1]  # those whose operands may be in FP8
 
 _SMALLEST = 16  # tl.dot takes no smaller side
 _TMA_ALIGNMENT = 16  # bytes, of the base address and of every row
@@ -66,13 +67,15 @@ def choose_tiles(stage: str, architecture: str, dtype: torch.dtype, rows_per_exp
     Args:
         stage: one of `STAGES`.
         architecture: `architecture_of` a tensor; unlisted ones take "default".
-        dtype: of the operands; float32 takes its own small tiles.
+        dtype: of the operands; float32 takes its own small tiles, float8_e4m3fn the rows of the
+            architecture's name behind "fp8_".
         rows_per_expert: average, T * K // E.
     """
     table = shipped_table()
     if dtype == torch.float32 and architecture != "interpreter":
         architecture = "float32"
-    rows = table.get(architecture, table["default"])[stage]
+    kind = "fp8_" if dtype == torch.float8_e4m3fn else ""
+    rows = table.get(kind + architecture, table[kind + "default"])[stage]
     return next(tiles for limit, tiles in rows if limit is None or rows_per_expert <= limit)
 
 

@@ -1,0 +1,83 @@
+"""Whether FP8 pays on this device, half by half, and the table that `--fp8 auto` follows.
+
+    python bench/fp8.py --model 30b --layers 6 --max_length 4096 --batch 4 --dtype autocast \
+        --out bench/results/gpu/fp8.json --write qwen3_sft/fp8_measured.json
+
+Three measurements of whole steps in one process: BF16, attention in FP8, experts in FP8. The first
+and the last layer stay in BF16, so of 6 layers two thirds are converted: a ratio above 1 here is
+larger at full depth. Only a CUDA device may enter the table; a CPU emulates FP8.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import provenance
+from result_file import write
+from step import parser
+from step_measure import attempt
+from step_options import StepOptions, pick
+
+from qwen3_sft.hardware import find_device
+from qwen3_sft.logs import set_up_logging
+
+HALVES = ("off", "attention", "experts")
+
+
+def race(options: StepOptions) -> dict[str, Any]:
+    """Return the rows by half, and the speed of each half over BF16 where both were measured."""
+    rows = {half: attempt(replace(options, fp8=half, breakdown=False)) for half in HALVES}
+    speeds = {half: row.get("tokens_per_second") for half, row in rows.items()}
+    ratios = {
+        half: speeds[half] / speeds["off"]
+        for half in HALVES[1:]
+        if speeds[half] and speeds["off"]
+    }  # fmt: skip
+    return {"benchmark": "fp8", **provenance(), "rows": rows, "over_bf16": ratios}
+
+
+def entry(result: dict[str, Any], device: str, source: str) -> dict[str, Any]:
+    """Return the row of the table for a device; a half that failed counts as no gain.
+
+    Args:
+        result: of `race`.
+        device: the driver's name.
+        source: the file that holds the result.
+
+    Raises:
+        SystemExit: the device has no name in qwen3_sft/hardware.py.
+    """
+    spec = find_device(device)
+    if spec is None:
+        raise SystemExit(f"{device} is not in qwen3_sft/hardware.py: no row can be written")
+    ratios = {half: round(result["over_bf16"].get(half, 0.0), 3) for half in HALVES[1:]}
+    return {spec.name: {**ratios, "source": source}}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, write the result and, with `--write`, the device's row of the table."""
+    made = parser(__doc__)
+    made.add_argument("--out", type=Path)
+    made.add_argument("--write", type=Path, help="the table to put this device's row into")
+    chosen = made.parse_args(argv)
+    if chosen.write and not (chosen.out and torch.cuda.is_available()):
+        made.error("--write needs --out and a CUDA device: a CPU emulates FP8")
+    set_up_logging()
+    result = race(pick(vars(chosen)))
+    text = json.dumps(result, indent=1)
+    print(text)
+    if chosen.out:
+        write(chosen.out, text + "\n")
+    if chosen.write:
+        table = json.loads(chosen.write.read_text(encoding="utf-8"))
+        table |= entry(result, torch.cuda.get_device_name(), str(chosen.out))
+        write(chosen.write, json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""From the quantised gradient of the output to the gradient of the hidden rows, in both formats.
+
+The product runs in FP8, the rest as in `triton/activation_gradient.py`: the gradient of the routing
+weight is <d_out @ down[e], act>, and the epilogue takes a few columns of the tile at a time, since
+with all of them at once it spills registers. A scale of d_hidden needs a whole block of it, which
+is kept rounded to 16 bit: no more registers than the accumulators that it comes from.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from monkey_patch.kernels.launch import Launch, cdiv
+from monkey_patch.kernels.scatter_moe.quantize import BLOCK, Quantized, QuantizedRows
+from monkey_patch.kernels.scatter_moe.triton.fp8.epilogue import halves, store_quantized, whole
+from monkey_patch.kernels.scatter_moe.triton.fp8.scaling import (
+    add_product,
+    finish_product,
+    fit,
+    scaling_arguments,
+    weight_scales,
+)
+from monkey_patch.kernels.scatter_moe.triton.rows import load_gathered, row_tile
+from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, takes_tma
+
+
+@triton.jit(do_not_specialize=["num_row_tiles", "num_slots"])
+def _fp8_activation_gradient_kernel(
+    d_out_ptr,
+    d_out_scales_ptr,
+    weight,
+    weights_scales_ptr,
+    hidden_ptr,
+    routing_weights_ptr,
+    d_hidden_ptr,
+    quantized_ptr,
+    quantized_scales_ptr,
+    scaled_act_ptr,
+    partial_ptr,
+    slot_of_row_ptr,
+    tiles_ptr,
+    num_row_tiles,
+    num_slots,
+    NUM_EXPERTS: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    TOP_K: tl.constexpr,
+    STORE_ACT: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    BLOCKWISE: tl.constexpr,
+    TALL: tl.constexpr,
+    SCALES: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EPILOGUE_N: tl.constexpr,
+):
+    """Compute d_out[token] @ weight[e].T and what follows from it."""
+    COLUMN_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    work = tl.program_id(0)
+    expert, first_row, end_row = row_tile(tiles_ptr, num_row_tiles, work // COLUMN_TILES)
+    if expert < NUM_EXPERTS:
+        column = (work % COLUMN_TILES) * BLOCK_N
+        rows = first_row + tl.arange(0, BLOCK_M)
+        is_row = rows < end_row
+        slot = tl.load(slot_of_row_ptr + rows, mask=is_row, other=0)
+        token = (slot // TOP_K).to(tl.int64)[:, None]
+        acc = _gathered_product(
+            d_out_ptr, d_out_scales_ptr, weight, weights_scales_ptr, expert, token, is_row, column,
+            D, F, BLOCKWISE, TALL, SCALES, ONE_SCALE, TMA, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        factor = tl.load(routing_weights_ptr + slot, mask=is_row, other=0.0).to(tl.float32)
+        partial, d_gate, d_up = _swiglu_gradient(
+            acc, factor, rows, is_row, column, hidden_ptr, d_hidden_ptr, scaled_act_ptr,
+            F, STORE_ACT, EPILOGUE_N,
+        )  # fmt: skip
+        place = (work % COLUMN_TILES) * num_slots.to(tl.int64) + rows
+        tl.store(partial_ptr + place, partial, mask=is_row)
+        if QUANTIZE:
+            store_quantized(
+                d_gate, rows, is_row, column, quantized_ptr, quantized_scales_ptr, 2 * F, EPILOGUE_N
+            )
+            store_quantized(
+                d_up, rows, is_row, F + column, quantized_ptr, quantized_scales_ptr,
+                2 * F, EPILOGUE_N,
+            )  # fmt: skip
+
+
+@triton.jit
+def _gathered_product(
+    d_out_ptr,
+    d_out_scales_ptr,
+    weight,
+    weights_scales_ptr,
+    expert,
+    token,
+    is_row,
+    column,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BLOCKWISE: tl.constexpr,
+    TALL: tl.constexpr,
+    SCALES: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Return a tile of d_out[token] @ weight[e].T, weight being (E, F, D)."""
+    columns = (column + tl.arange(0, BLOCK_N))[None, :]
+    is_column = columns < F
+    ks = tl.arange(0, BLOCK_K)
+    d_out_ptrs = d_out_ptr + token * D + ks[None, :]
+    row_scale = d_out_scales_ptr + token * SCALES
+    scaled = column if ONE_SCALE else columns
+    w_scale = weight_scales(weights_scales_ptr, expert, scaled, F, TALL, SCALES)
+    if not TMA:
+        w_ptrs = weight + (expert.to(tl.int64) * F + columns) * D + ks[:, None]
+    acc = tl.zeros((token.shape[0], BLOCK_N), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        d_out = load_gathered(d_out_ptrs, k, is_row[:, None], D, BLOCK_K)
+        if TMA:
+            w = weight.load([expert * F + column, k]).T
+        else:
+            is_weight = is_column & (ks + k < D)[:, None]
+            w = tl.load(w_ptrs + k, mask=is_weight, other=0.0)
+        acc = add_product(acc, d_out, w, row_scale, w_scale, k, BLOCKWISE)
+    return finish_product(acc, row_scale, w_scale, BLOCKWISE)
+
+
+@triton.jit
+def _swiglu_gradient(
+    d_act,
+    factor,
+    rows,
+    is_row,
+    first_column,
+    hidden_ptr,
+    d_hidden_ptr,
+    scaled_act_ptr,
+    F: tl.constexpr,
+    STORE_ACT: tl.constexpr,
+    EPILOGUE_N: tl.constexpr,
+):
+    """Store d_hidden and factor * act; return <d_act, act> of every row, d_gate and d_up."""
+    if d_act.shape[1] > EPILOGUE_N:
+        left, right = halves(d_act)
+        d_factor, left_gate, left_up = _swiglu_gradient(
+            left, factor, rows, is_row, first_column, hidden_ptr, d_hidden_ptr, scaled_act_ptr,
+            F, STORE_ACT, EPILOGUE_N,
+        )  # fmt: skip
+        more, right_gate, right_up = _swiglu_gradient(
+            right, factor, rows, is_row, first_column + left.shape[1], hidden_ptr,
+            d_hidden_ptr, scaled_act_ptr, F, STORE_ACT, EPILOGUE_N,
+        )  # fmt: skip
+        d_factor += more
+        d_gate = whole(left_gate, right_gate)
+        d_up = whole(left_up, right_up)
+    else:
+        columns = first_column + tl.arange(0, d_act.shape[1])[None, :]
+        mask = is_row[:, None] & (columns < F)
+        rows = rows.to(tl.int64)[:, None]
+        places = rows * (2 * F) + columns
+        gate = tl.load(hidden_ptr + places, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(hidden_ptr + places + F, mask=mask, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        act = silu * up
+        factor = factor[:, None]
+        if STORE_ACT:
+            scaled = (act * factor).to(scaled_act_ptr.dtype.element_ty)
+            tl.store(scaled_act_ptr + rows * F + columns, scaled, mask=mask)
+        d_factor = tl.sum(tl.where(mask, d_act * act, 0.0), axis=1)
+        d_act *= factor
+        d_gate = d_act * up * (sigmoid + silu * (1.0 - sigmoid))
+        d_gate = d_gate.to(d_hidden_ptr.dtype.element_ty)
+        tl.store(d_hidden_ptr + places, d_gate, mask=mask)
+        d_up = (d_act * silu).to(d_hidden_ptr.dtype.element_ty)
+        tl.store(d_hidden_ptr + places + F, d_up, mask=mask)
+    return d_factor, d_gate, d_up
+
+
+def fp8_activation_gradient_launch(
+    d_out: QuantizedRows,
+    down_proj: Quantized,
+    hidden_N2F: torch.Tensor,
+    weights_TK: torch.Tensor,
+    d_hidden_N2F: torch.Tensor,
+    quantized: QuantizedRows | None,
+    scaled_act_NF: torch.Tensor | None,
+    partial_PN: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    row_tiles: torch.Tensor,
+    tiles: Tiles,
+    *,
+    blockwise: bool,
+) -> Launch:
+    """Return the launch that fills the four results before `slot_of_row`.
+
+    Args:
+        d_out: (T, D) gradient of the block's output.
+        down_proj: (E, F, D) values of the transposed down projection, contiguous, and their scales.
+        hidden_N2F: (T * K, 2F) of the up stage.
+        weights_TK: (T, K) routing weights, contiguous.
+        d_hidden_N2F: (T * K, 2F).
+        quantized: (T * K, 2F) the same in FP8, where `quantizes_d_hidden`; None leaves it out.
+        scaled_act_NF: (T * K, F) routing weight times act; None leaves it out.
+        partial_PN: (`num_partials`, T * K) float32, sums to the routing weights' gradient per row.
+        slot_of_row: of the `Routing`.
+        row_tiles: map for `tiles.block_m`.
+        tiles: the cut.
+        blockwise: the scaling, else rowwise.
+    """
+    num_experts, width, depth = down_proj.values.shape
+    tiles = fit(tiles, width, depth)
+    tma = tiles.tma and takes_tma(down_proj.values)
+    weight = down_proj.values
+    if tma:
+        flat = weight.view(num_experts * width, depth)
+        weight = TensorDescriptor.from_tensor(flat, [tiles.block_n, tiles.block_k])
+    num_row_tiles = row_tiles.shape[1]
+    # A pointer that is not written through is any.
+    values, value_scales = d_out[:2] if quantized is None else quantized[:2]
+    return Launch(
+        _fp8_activation_gradient_kernel,
+        num_row_tiles * cdiv(width, tiles.block_n),
+        {
+            "d_out_ptr": d_out.values,
+            "d_out_scales_ptr": d_out.scales,
+            "weight": weight,
+            "weights_scales_ptr": down_proj.scales,
+            "hidden_ptr": hidden_N2F,
+            "routing_weights_ptr": weights_TK,
+            "d_hidden_ptr": d_hidden_N2F,
+            "quantized_ptr": values,
+            "quantized_scales_ptr": value_scales,
+            "scaled_act_ptr": d_hidden_N2F if scaled_act_NF is None else scaled_act_NF,
+            "partial_ptr": partial_PN,
+            "slot_of_row_ptr": slot_of_row,
+            "tiles_ptr": row_tiles,
+            "num_row_tiles": num_row_tiles,
+            "num_slots": len(slot_of_row),
+            "NUM_EXPERTS": num_experts,
+            "D": depth,
+            "F": width,
+            "TOP_K": weights_TK.shape[1],
+            "STORE_ACT": scaled_act_NF is not None,
+            "QUANTIZE": quantized is not None,
+            **scaling_arguments(tiles, depth, blockwise=blockwise, tma=tma),
+            "EPILOGUE_N": tiles.epilogue_n,
+        },
+        tiles.num_warps,
+        tiles.num_stages,
+    )
+
+
+def quantizes_d_hidden(width: int, tiles: Tiles, *, blockwise: bool) -> bool:
+    """Tell whether a tile of the stage holds whole blocks of gate and of up for F = `width`."""
+    return blockwise and width % BLOCK == 0 and tiles.block_n == BLOCK

@@ -1,0 +1,80 @@
+"""Finish a tile a few columns at a time, then quantise it as a whole.
+
+With all columns at once the epilogues spill registers. A scale needs a whole block, which is kept
+rounded to 16 bit: no more registers than the accumulators that it comes from.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from monkey_patch.kernels.scatter_moe.triton.fp8.scaling import (
+    largest_bits,
+    scale_of,
+    to_e4m3,
+)
+
+
+@triton.jit
+def halves(x):
+    """Split the columns without moving anything: a thread holds columns of both halves."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def whole(left, right):
+    """Undo `halves`."""
+    return tl.join(left, right).permute(0, 2, 1).reshape(left.shape[0], 2 * left.shape[1])
+
+
+@triton.jit
+def store_quantized(
+    x,
+    rows,
+    is_row,
+    first_column,
+    values_ptr,
+    scales_ptr,
+    COLUMNS: tl.constexpr,
+    EPILOGUE_N: tl.constexpr,
+):
+    """Quantise a tile that is one block of every row of (N, COLUMNS); zeros past its columns."""
+    rows = rows.to(tl.int64)
+    scale = scale_of(_largest_bits(x, EPILOGUE_N))
+    SCALES: tl.constexpr = (COLUMNS + 127) // 128
+    tl.store(scales_ptr + rows * SCALES + first_column // 128, scale, mask=is_row)
+    _store_values(x, scale, rows, is_row, first_column, values_ptr, COLUMNS, EPILOGUE_N)
+
+
+@triton.jit
+def _largest_bits(x, EPILOGUE_N: tl.constexpr):
+    if x.shape[1] > EPILOGUE_N:
+        left, right = halves(x)
+        bits = tl.maximum(_largest_bits(left, EPILOGUE_N), _largest_bits(right, EPILOGUE_N))
+    else:
+        bits = largest_bits(x.to(tl.float32), 1)
+    return bits
+
+
+@triton.jit
+def _store_values(
+    x,
+    scale,
+    rows,
+    is_row,
+    first_column,
+    values_ptr,
+    COLUMNS: tl.constexpr,
+    EPILOGUE_N: tl.constexpr,
+):
+    if x.shape[1] > EPILOGUE_N:
+        left, right = halves(x)
+        second = first_column + left.shape[1]
+        _store_values(left, scale, rows, is_row, first_column, values_ptr, COLUMNS, EPILOGUE_N)
+        _store_values(right, scale, rows, is_row, second, values_ptr, COLUMNS, EPILOGUE_N)
+    else:
+        columns = first_column + tl.arange(0, x.shape[1])[None, :]
+        mask = is_row[:, None] & (columns < COLUMNS)
+        values = to_e4m3(x.to(tl.float32), scale[:, None])
+        tl.store(values_ptr + rows[:, None] * COLUMNS + columns, values, mask=mask)
