@@ -16,6 +16,7 @@ from qwen3_sft.fp8 import choose_fp8
 from qwen3_sft.meta_model import meta_model
 from qwen3_sft.model import choose_attention
 from qwen3_sft.patches import choose_patches, fp8_selection
+from qwen3_sft.plan_advice import describe_advice, nearest
 from qwen3_sft.plan_run import compute_dtype, experts_for, plan_here
 from qwen3_sft.recipe import Options
 from qwen3_sft.zero import check_zero3
@@ -59,6 +60,9 @@ def dry_run(options: Options, environment: Mapping[str, str] | None = None) -> I
         yield describe(selection)
     monkey_patch.apply_patches(model, choose_patches(chosen, attention, fp8))  # logs each one
     yield from plan.lines()
+    if plan.fits is False:
+        bare = meta_model(options.model.model_name_or_path, options.model.model_revision)
+        yield describe_advice(nearest(options, engine, lambda o: plan_here(bare, o, engine, env)))
     plan.check()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from qwen3_sft.engine import Engine
 from qwen3_sft.plan import RunPlan
 from qwen3_sft.plan_run import with_options
-from qwen3_sft.recipe import Options
+from qwen3_sft.recipe import Options, UsageError
 
 _LOW_BIT = {
     "optimizer_in_backward": True, "optim": "adamw_torch_8bit", "dtype": "bfloat16",
@@ -31,7 +31,10 @@ def nearest(
         plan: makes the plan of other options.
     """
     for change in _changes(options, engine):
-        changed = plan(with_options(options, **change))
+        try:
+            changed = plan(with_options(options, **change))
+        except UsageError:  # rows that do not divide --global_batch_size
+            continue
         if changed.fits:
             return " ".join(f"--{name} {_word(value)}" for name, value in change.items()), changed
     return None
@@ -46,24 +49,32 @@ def describe_advice(advice: tuple[str, RunPlan] | None) -> str:
 
 
 def _changes(options: Options, engine: Engine) -> Iterator[dict[str, Any]]:
-    auto: dict[str, Any] = {"activation_checkpointing": "auto"}
-    yield from _rows(options, auto)
-    if engine.kind == "single" and not options.train_values["optimizer_in_backward"]:
-        low_bit: dict[str, Any] = {**auto, **_LOW_BIT}
-        if options.train_values["gradient_accumulation_steps"] != 1:
-            low_bit["gradient_accumulation_steps"] = 1
-        yield from _rows(options, low_bit)
-        auto = low_bit
+    values = options.train_values
+    change: dict[str, Any] = {"activation_checkpointing": "auto"}
+    yield from _with_fewer_rows(values, change)
+    if engine.kind == "single" and not values["optimizer_in_backward"]:
+        change |= _LOW_BIT
+        if values["gradient_accumulation_steps"] != 1:
+            change["gradient_accumulation_steps"] = 1
+        yield from _with_fewer_rows(values, change)
     length = options.data.max_length
     while (length := length // 2) >= 512:
-        yield {**auto, "per_device_train_batch_size": 1, "max_length": length}
+        yield _complete(values, {**change, "per_device_train_batch_size": 1, "max_length": length})
 
 
-def _rows(options: Options, change: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    rows = options.train_values["per_device_train_batch_size"]
-    yield change
+def _with_fewer_rows(values: dict[str, Any], change: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    rows = values["per_device_train_batch_size"]
+    yield _complete(values, change)
     while (rows := rows // 2) >= 1:
-        yield {**change, "per_device_train_batch_size": rows}
+        yield _complete(values, {**change, "per_device_train_batch_size": rows})
+
+
+def _complete(values: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """Make a step one micro-batch where the optimizer steps in the backward pass."""
+    merged = {**values, **change}
+    if merged["optimizer_in_backward"] and merged["global_batch_size"] is not None:
+        return {**change, "global_batch_size": merged["per_device_train_batch_size"]}
+    return change
 
 
 def _word(value: Any) -> str:

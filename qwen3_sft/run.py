@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def _plan(options: Options, engine: Engine, base: Path) -> RunPlan:
     plan = plan_here(on_meta, options, engine)
     for line in plan.lines():
         logger.info("%s", line)
-    if plan.fits is False:
+    if plan.fits is False and os.environ.get("RANK", "0") == "0":
         advice = nearest(options, engine, lambda o: plan_here(on_meta, o, engine))
         logger.warning("this is likely to run out of memory; %s", describe_advice(advice))
     return plan

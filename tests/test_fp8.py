@@ -105,3 +105,22 @@ def test_the_shipped_recipe_runs_emulated(base, caplog):
 
     weights = load_file(base / "run" / "model" / "model.safetensors")
     assert {t.dtype for t in weights.values()} == {torch.float32}, "as the base model's"
+
+
+def test_resume_repeats_the_rest_to_the_last_bit(base):
+    from safetensors.torch import load_file
+
+    def run(name, *more):
+        argv = [
+            "--model_name_or_path", base / "base", "--dataset", base / "rows.jsonl",
+            "--data_cache_dir", base / "cache", "--output_dir", base / name, "--use_cpu", "true",
+            "--max_length", 128, "--max_steps", 4, "--save_steps", 2, "--learning_rate", 1e-3,
+            "--fp8", "all", *more,
+        ]  # fmt: skip
+        assert run_command([str(word) for word in argv]) == 0
+        return load_file(base / name / "model" / "model.safetensors")
+
+    whole = run("whole")
+    resumed = run("resumed", "--resume", base / "whole" / "checkpoint-2")
+    differing = [key for key, tensor in whole.items() if not torch.equal(tensor, resumed[key])]
+    assert not differing

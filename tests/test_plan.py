@@ -12,6 +12,7 @@ import torch
 from qwen3_sft.activation_plan import activation_plan
 from qwen3_sft.cli import main
 from qwen3_sft.engine import Engine
+from qwen3_sft.final_arguments import final_arguments
 from qwen3_sft.memory_plan import GIB
 from qwen3_sft.meta_model import meta_model
 from qwen3_sft.plan import DoesNotFitError, Gpu
@@ -82,6 +83,23 @@ def test_float32_adamw_is_sent_to_eight_bits_in_backward():
     assert "--optimizer_in_backward true --optim adamw_torch_8bit" in report["nearest"]
     recipe = str(RECIPES / "qwen3_30b_a3b.yaml")
     assert planned(recipe, "--gpus", "1xH200", *shlex.split(report["nearest"]))[1] == 0
+
+
+@pytest.mark.parametrize("rows", [7, 8])
+def test_advice_is_one_that_a_run_takes(rows, tmp_path):
+    """Also where half the rows do not divide the rows of a step, and with a step of many rows."""
+    recipe = str(RECIPES / "qwen3_30b_a3b.yaml")
+    sizes = ("--per_device_train_batch_size", str(rows), "--global_batch_size", str(8 * rows))
+    more = ("--gradient_accumulation_steps", "1", *sizes)
+    report, code = planned(recipe, "--gpus", "1xH200", *more)
+    assert code == 3
+    nearest = shlex.split(report["nearest"])
+    assert planned(recipe, "--gpus", "1xH200", *more, *nearest)[1] == 0
+    words = [*more, *nearest, "--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
+    options = parse_options(["--config", recipe, "--dataset", "d", *words])
+    args = final_arguments(options, Engine("single"), has_eval=True)
+    assert args.optimizer_in_backward
+    assert args.gradient_accumulation_steps == 1
 
 
 def test_nothing_fits_a_small_gpu():
