@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -42,8 +43,9 @@ def test_a_peak_is_seen_though_it_is_gone_at_the_end(bench, tmp_path):
     memory = bench("load_memory")
     mapped = tmp_path / "mapped"
     mapped.write_bytes(os.urandom(32 * MIB))
+    # What other tests have freed would be used again without any growth.
+    ctypes.CDLL(None).malloc_trim(0)
     with memory.PeakMemory() as peak:
-        # Above glibc's largest threshold, so that neither comes out of memory freed before.
         kept = torch.ones(40 * MIB, dtype=torch.uint8)
         gone = torch.ones(64 * MIB, dtype=torch.uint8)
         pages = torch.from_file(str(mapped), size=32 * MIB, dtype=torch.uint8)
@@ -55,7 +57,8 @@ def test_a_peak_is_seen_though_it_is_gone_at_the_end(bench, tmp_path):
     growth = peak.growth
     assert kept.nbytes == 40 * MIB
     assert growth.anonymous == pytest.approx(104 * MIB, rel=0.1)
-    assert growth.file == pytest.approx(32 * MIB, rel=0.1)
+    # Code that runs for the first time is mapped from files too.
+    assert growth.file == pytest.approx(32 * MIB, rel=0.2)
     assert growth.total_by_kernel == pytest.approx(136 * MIB, rel=0.1)
     assert growth.total == pytest.approx(growth.total_by_kernel, rel=0.05)
     assert growth.anonymous_after == pytest.approx(40 * MIB, rel=0.3)
