@@ -23,7 +23,9 @@ install() { # FOLDER PACKAGE... : wheels for the other machine's Python, without
 }
 
 # What the tests and the trainer need, in our versions; then the race's peers, found by BENCH_PEERS.
-install "$stage/site" -c constraints.txt transformers trl datasets dill multiprocess liger-kernel
+install "$stage/site" -c constraints.txt transformers trl datasets dill multiprocess liger-kernel torchao
+# Its low-bit optimizers and casts are Python; the libraries beside are 20 MB that nothing here calls.
+find "$stage/site/torchao" -name '*.so' -delete
 # sonic-moe asks for torch <= 2.9.1; its pieces import and compile with 2.11.
 install "$stage/peers" sonic-moe==0.1.2.post1 quack-kernels==0.3.11 nvidia-cutlass-dsl==4.4.2 \
   nvidia-cutlass-dsl-libs-base==4.4.2 apache-tvm-ffi==0.1.15.post2 torch-c-dlpack-ext==0.1.5
