@@ -45,6 +45,9 @@ def dry_run(options: Options, environment: Mapping[str, str] | None = None) -> I
     is_cuda = torch.cuda.is_available()
     device = torch.device("cuda" if is_cuda else "cpu")
     plan = plan_here(model, options, engine, env)
+    advice = None
+    if plan.fits is False:  # while the model is unpatched, as a plan needs it
+        advice = nearest(options, engine, lambda o: plan_here(model, o, engine, env))
     attention, reason = choose_attention(
         options.model.attn_implementation, device, compute_dtype(options, on_gpu=is_cuda)
     )
@@ -61,8 +64,7 @@ def dry_run(options: Options, environment: Mapping[str, str] | None = None) -> I
     monkey_patch.apply_patches(model, choose_patches(chosen, attention, fp8))  # logs each one
     yield from plan.lines()
     if plan.fits is False:
-        bare = meta_model(options.model.model_name_or_path, options.model.model_revision)
-        yield describe_advice(nearest(options, engine, lambda o: plan_here(bare, o, engine, env)))
+        yield describe_advice(advice)
     plan.check()
 
 

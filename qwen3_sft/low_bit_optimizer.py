@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwen3_sft.optimizer_memory import OptimizerChoice
 from qwen3_sft.recipe import UsageError
 
 _STATES = ("8bit", "fp8")
@@ -23,8 +24,7 @@ def with_states(optim: str, optim_args: str | None, chosen: tuple[Any, dict]) ->
     Raises:
         UsageError: unknown states, or states for another optimizer.
     """
-    pairs = (pair.split("=", 1) for pair in (optim_args or "").replace(" ", "").split(",") if pair)
-    given = {pair[0]: pair[-1] for pair in pairs}
+    given = OptimizerChoice(optim, optim_args).given
     if optim == "adafactor" and given.get("bf16_stochastic_round", "").lower() == "true":
         from qwen3_sft.sliced_adafactor import SlicedAdafactor
 

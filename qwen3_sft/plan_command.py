@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -19,8 +18,6 @@ from qwen3_sft.plan import DOES_NOT_FIT, Gpu, RunPlan
 from qwen3_sft.plan_advice import describe_advice, nearest
 from qwen3_sft.plan_run import compute_dtype, plan_run
 from qwen3_sft.recipe import Options, UsageError, parse_options
-
-logger = logging.getLogger(__name__)
 
 _PER_NODE = 8
 
