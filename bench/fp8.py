@@ -5,7 +5,8 @@
 
 Three measurements of whole steps in one process: BF16, attention in FP8, experts in FP8. The first
 and the last layer stay in BF16, so of 6 layers two thirds are converted: a ratio above 1 here is
-larger at full depth. Only a CUDA device may enter the table; a CPU emulates FP8.
+larger at full depth. Only a CUDA device may enter the table; a CPU emulates FP8. Where the device
+takes mxfp8 (sm_100 and later), the experts are measured with that scaling too, as `experts_mxfp8`.
 """
 
 from __future__ import annotations
@@ -23,26 +24,42 @@ from step import parser
 from step_measure import attempt
 from step_options import StepOptions, pick
 
+from qwen3_sft.fp8 import MXFP8_EXPERTS, takes_mxfp8
 from qwen3_sft.hardware import find_device
 from qwen3_sft.logs import set_up_logging
 
 HALVES = ("off", "attention", "experts")
 
 
+def racers(options: StepOptions, *, mxfp8: bool) -> dict[str, StepOptions]:
+    """Return what is measured by its name in the table, BF16 as "off".
+
+    Args:
+        options: of each step.
+        mxfp8: whether the device takes that scaling.
+    """
+    changes: dict[str, dict[str, Any]] = {half: {"fp8": half} for half in HALVES}
+    if mxfp8:
+        changes[MXFP8_EXPERTS] = {"fp8": "experts", "fp8_scaling": "mxfp8"}
+    return {name: replace(options, breakdown=False, **one) for name, one in changes.items()}
+
+
 def race(options: StepOptions) -> dict[str, Any]:
-    """Return the rows by half, and the speed of each half over BF16 where both were measured."""
-    rows = {half: attempt(replace(options, fp8=half, breakdown=False)) for half in HALVES}
-    speeds = {half: row.get("tokens_per_second") for half, row in rows.items()}
+    """Return the rows by name, and the speed of each over BF16 where both were measured."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = racers(options, mxfp8=takes_mxfp8(device))
+    rows = {name: attempt(one) for name, one in wanted.items()}
+    speeds = {name: row.get("tokens_per_second") for name, row in rows.items()}
     ratios = {
-        half: speeds[half] / speeds["off"]
-        for half in HALVES[1:]
-        if speeds[half] and speeds["off"]
-    }  # fmt: skip
+        name: speed / speeds["off"]
+        for name, speed in speeds.items()
+        if name != "off" and speed and speeds["off"]
+    }
     return {"benchmark": "fp8", **provenance(), "rows": rows, "over_bf16": ratios}
 
 
 def entry(result: dict[str, Any], device: str, source: str) -> dict[str, Any]:
-    """Return the row of the table for a device; a half that failed counts as no gain.
+    """Return the row of the table for a device; what failed counts as no gain.
 
     Args:
         result: of `race`.
@@ -55,7 +72,8 @@ def entry(result: dict[str, Any], device: str, source: str) -> dict[str, Any]:
     spec = find_device(device)
     if spec is None:
         raise SystemExit(f"{device} is not in qwen3_sft/hardware.py: no row can be written")
-    ratios = {half: round(result["over_bf16"].get(half, 0.0), 3) for half in HALVES[1:]}
+    names = [*HALVES[1:], *(name for name in result["rows"] if name not in HALVES)]
+    ratios = {name: round(result["over_bf16"].get(name, 0.0), 3) for name in names}
     return {spec.name: {**ratios, "source": source}}
 
 

@@ -132,6 +132,7 @@ def resolve(options: StepOptions, folder: Path) -> tuple[TrainArguments, ModelAr
         "activation_offload": options.activation_offload, "torch_compile": options.torch_compile,
         "experts_implementation": options.experts_implementation,
         "attn_implementation": options.attn_implementation, "fp8": options.fp8,
+        "fp8_scaling": options.fp8_scaling,
         "use_liger": options.use_liger,
         "max_steps": last, "save_strategy": "no", "disable_tqdm": True,
         "memory_warm_up": False,  # it would be the peak of a batch that is not among the counted

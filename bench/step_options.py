@@ -44,6 +44,9 @@ class StepOptions:
     fp8: Literal["off", "attention", "experts", "all"] = field(
         default="off", metadata={"help": "as in a run; emulated on a CPU"}
     )
+    fp8_scaling: Literal["blockwise", "rowwise", "mxfp8"] = field(
+        default="blockwise", metadata={"help": "as in a run"}
+    )
     use_liger: bool | None = field(
         default=None, metadata={"help": "Liger's RMSNorm and RoPE; default: on CUDA"}
     )

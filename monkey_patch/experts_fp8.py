@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from monkey_patch.core import Patch, PatchError, Replacement
 from monkey_patch.fp8_selection import select
-from monkey_patch.kernels.scatter_moe.block import require_fp8_products
+from monkey_patch.kernels.fp8_device import require_fp8_products
+from monkey_patch.kernels.scatter_moe.quantize import Scaling
 from monkey_patch.scatter_moe import SCATTER_MOE, experts_forward
 from monkey_patch.scatter_moe import plan as plan_scatter_moe
 
@@ -27,8 +28,6 @@ NAME = "experts_fp8"
 RECOMPUTE_NAME = "experts_fp8_recompute"
 IMPLEMENTATION = "scatter_moe_fp8"
 RECOMPUTE_IMPLEMENTATION = "scatter_moe_fp8_recompute"
-
-Scaling = Literal["blockwise", "rowwise"]
 
 
 class ExpertsScaling:
@@ -87,17 +86,17 @@ def plan(
     yield from plan_scatter_moe(model, implementation)
     for name in select(model, attention=False, experts=True, keep=keep).converted:
         experts = model.get_submodule(name)
-        _check_device(experts)
+        _check_device(experts, scaling)
         yield Replacement(ExpertsScaling(experts), "fp8_scaling", scaling, name)
 
 
-def _check_device(experts: Any) -> None:
+def _check_device(experts: Any, scaling: Scaling) -> None:
     device = experts.gate_up_proj.device
     if device.type != "cuda":
         return
     try:
         require_fp8_products(
-            torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+            torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device), scaling
         )
     except ValueError as error:
         raise PatchError(f"patch {NAME!r}: {error}") from error

@@ -32,6 +32,7 @@ from torch import nn
 
 from monkey_patch.core import Patch, PatchError, Replacement
 from monkey_patch.fp8_selection import select
+from monkey_patch.kernels.fp8_device import fp8_problem
 
 if TYPE_CHECKING:
     from torchao.float8.config import CastConfig, Float8LinearConfig
@@ -41,7 +42,6 @@ NAME = "linear_fp8"
 Recipe = Literal["rowwise", "tensorwise", "rowwise_with_gw_hp"]
 
 _ROWS = 16  # the contraction of _scaled_mm is a multiple of it
-_CAPABILITY = (8, 9)
 
 
 class Scaling(NamedTuple):
@@ -217,23 +217,6 @@ def make_scaling(recipe: Recipe = "rowwise") -> Scaling:
         for emulate in (False, True)
     )
     return Scaling(config, on_device, emulated)
-
-
-def fp8_problem(device: str, capability: tuple[int, int]) -> str | None:
-    """Return why FP8 products do not run on a device, or None if they do.
-
-    Args:
-        device: its type, such as "cuda".
-        capability: of a CUDA device; of no meaning on others.
-    """
-    if device in ("cpu", "meta") or (device == "cuda" and capability >= _CAPABILITY):
-        return None
-    if device != "cuda":
-        return f"a device without FP8: {device}; it runs on CUDA and, emulated, on a CPU"
-    return (
-        f"a device without FP8: compute capability {capability[0]}.{capability[1]}, FP8 needs "
-        f"{_CAPABILITY[0]}.{_CAPABILITY[1]} (Ada, Hopper) or higher; leave FP8 off"
-    )
 
 
 def _check_device(device: torch.device) -> None:

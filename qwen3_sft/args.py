@@ -139,9 +139,12 @@ class ModelArguments:
     fp8_recipe: Literal["rowwise", "tensorwise", "rowwise_with_gw_hp"] = field(
         default="rowwise", metadata={"help": "torchao's scaling of attention's projections"}
     )
-    fp8_scaling: Literal["blockwise", "rowwise"] = field(
+    fp8_scaling: Literal["blockwise", "rowwise", "mxfp8"] = field(
         default="blockwise",
-        metadata={"help": "of the experts: blocks of 128 (weights 128 x 128), or whole rows"},
+        metadata={
+            "help": "of the experts: blocks of 128 (weights 128 x 128), whole rows, or powers of "
+            "two for blocks of 32 (mxfp8: sm_100 and later; not measured)"
+        },
     )
     fsdp_size: int = field(
         default=1,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import pytest
 import torch
 import yaml
 
+from monkey_patch.kernels.fp8_device import fp8_problem
+from monkey_patch.kernels.scatter_moe.quantize import Scaling
 from qwen3_sft.args import ModelArguments
-from qwen3_sft.fp8 import Fp8Choice, choose_fp8
+from qwen3_sft.fp8 import Fp8Choice, choose_fp8, device_problem
 from qwen3_sft.recipe import UsageError
 from qwen3_sft.run import run_command
 from tests.source_tree import ROOT
@@ -43,6 +46,33 @@ def test_auto_follows_what_was_measured(caplog):
         assert not choose("auto"), "nothing is measured yet, so nothing may be claimed"
     assert "attention x 0.97, experts x 1.20 (bench/results/gpu/fp8.json)" in caplog.text
     assert "nothing is measured on cpu yet" in caplog.text
+
+
+def test_auto_follows_the_scaling_that_is_asked_for(caplog):
+    row = {"attention": 1.1, "experts": 1.2, "experts_mxfp8": 1.4, "source": "x"}
+    with caplog.at_level("INFO", logger="qwen3_sft"):
+        assert choose("auto", measured={"cpu": row}) == Fp8Choice(True, True)
+        assert "--fp8_scaling mxfp8 was faster here: x 1.40" in caplog.text
+        caplog.clear()
+        assert choose("auto", measured={"cpu": row}, fp8_scaling="mxfp8").experts
+        assert "experts_mxfp8 x 1.40" in caplog.text
+        assert "was faster here" not in caplog.text
+    del row["experts_mxfp8"]
+    assert not choose("auto", measured={"cpu": row}, fp8_scaling="mxfp8").experts, "never timed"
+
+
+@pytest.mark.parametrize("scaling", ["", *get_args(Scaling)])
+def test_devices_are_those_of_the_kernels(scaling):
+    """The two modules may not import each other; this holds them to the same rule."""
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)):
+        ours = device_problem(capability, scaling)
+        kernels = fp8_problem("cuda", capability, scaling)
+        assert (ours is None) == (kernels is None), capability
+        least = (10, 0) if scaling == "mxfp8" else (8, 9)
+        assert (ours is None) == (capability >= least), capability
+    if scaling == "mxfp8":
+        assert "set --fp8_scaling blockwise" in device_problem((9, 0), scaling)
+        assert "set the scaling blockwise" in fp8_problem("cuda", (9, 0), scaling)
 
 
 def test_refusals():

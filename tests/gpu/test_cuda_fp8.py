@@ -19,7 +19,18 @@ pytestmark = [
     ),
 ]
 # As on a CPU, tests/monkey_patch/test_scatter_moe_fp8.py and test_linear_fp8.py.
-CHAIN_SNR, PRODUCT_SNR = 22.5, 24.0
+CHAIN_SNR, PRODUCT_SNR = 22.0, 24.0
+SCALINGS = [
+    "blockwise",
+    "rowwise",
+    pytest.param(
+        "mxfp8",
+        marks=pytest.mark.skipif(
+            not torch.cuda.is_available() or torch.cuda.get_device_capability() < (10, 0),
+            reason="needs a CUDA device with block scales (sm_100)",
+        ),
+    ),
+]
 
 
 def snr(actual, truth):
@@ -33,11 +44,12 @@ def snr(actual, truth):
     {"T": 4096, "E": 128, "K": 8, "D": 2048, "F": 768},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("recompute", [False, True])
-def test_experts(sizes, recompute):
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_experts(sizes, recompute, scaling):
     tensors, index = make_inputs(**sizes)
     tensors, index = [t.cuda() for t in tensors], index.cuda()
     truth = run_with_gradients(scatter_moe_reference, tensors, index, torch.float64)
-    op = partial(scatter_moe, fp8="blockwise", recompute_hidden=recompute)
+    op = partial(scatter_moe, fp8=scaling, recompute_hidden=recompute)
     found = run_with_gradients(op, tensors, index, torch.bfloat16)
     again = run_with_gradients(op, tensors, index, torch.bfloat16)
     for name, a, b, e in zip(("out", *NAMES), found, again, truth, strict=True):
@@ -45,9 +57,10 @@ def test_experts(sizes, recompute):
         assert torch.equal(a, b), f"{name} differs from run to run"
 
 
-def test_the_experts_are_those_of_the_emulation():
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_the_experts_are_those_of_the_emulation(scaling):
     tensors, index = make_inputs(T=300, E=8, K=2, D=256, F=384)
-    op = partial(scatter_moe, fp8="blockwise")
+    op = partial(scatter_moe, fp8=scaling)
     here = run_with_gradients(op, tensors, index, torch.bfloat16)
     there = run_with_gradients(op, [t.cuda() for t in tensors], index.cuda(), torch.bfloat16)
     for name, a, e in zip(("out", *NAMES), there, here, strict=True):

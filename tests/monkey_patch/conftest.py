@@ -120,12 +120,13 @@ def backend(request, monkeypatch):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Memory that nobody has written holds NaN, or an index that no tensor has."""
+    """Memory that nobody has written holds NaN, as a byte too, or an index that no tensor has."""
 
     def poison(function):
         def allocate(*args, **kwargs):
             out = function(*args, **kwargs)
-            value = torch.nan if out.is_floating_point() else -(2**30)
+            is_byte = out.dtype == torch.uint8
+            value = torch.nan if out.is_floating_point() else 255 if is_byte else -(2**30)
             return out.fill_(value) if out.device.type == "cpu" else out
 
         return allocate

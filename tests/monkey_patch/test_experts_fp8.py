@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from itertools import combinations
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def scalings(model):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("scaling", ["blockwise", "rowwise"])
+@pytest.mark.parametrize("scaling", ["blockwise", "rowwise", "mxfp8"])
 def test_inner_layers_are_in_fp8_and_the_outer_ones_bit_equal(model, unpatched, scaling, recompute):
     apply_patches(unpatched, ["scatter_moe"])
     apply_patches(model, [experts_fp8(scaling=scaling, recompute_hidden=recompute)])
@@ -75,11 +76,12 @@ def test_hidden_is_kept_or_computed_again_in_every_layer(model, recompute):
 
 
 def test_the_scalings_differ(model):
-    blockwise, rowwise = copy.deepcopy(model), model
-    apply_patches(blockwise, [experts_fp8()])
-    apply_patches(rowwise, [experts_fp8(scaling="rowwise")])
-    a, b = (run_experts(experts_of(m)[1])[0] for m in (blockwise, rowwise))
-    assert not torch.equal(a, b)
+    found = []
+    for scaling in ("blockwise", "rowwise", "mxfp8"):
+        clone = copy.deepcopy(model)
+        apply_patches(clone, [experts_fp8(scaling=scaling)])
+        found.append(run_experts(experts_of(clone)[1])[0])
+    assert not any(torch.equal(a, b) for a, b in combinations(found, 2))
 
 
 def test_patterns_keep_more(model):
@@ -96,7 +98,7 @@ def test_nothing_left_is_an_error_and_changes_nothing(model):
 
 
 def test_an_unknown_scaling_is_named():
-    with pytest.raises(PatchError, match="unknown scaling 'tensorwise'; there are blockwise, row"):
+    with pytest.raises(PatchError, match="scaling 'tensorwise'; there are blockwise, rowwise, mx"):
         experts_fp8(scaling="tensorwise")
 
 
@@ -169,7 +171,7 @@ def local_experts(experts, rank):
     return local
 
 
-@pytest.mark.parametrize("scaling", ["blockwise", "rowwise"])
+@pytest.mark.parametrize("scaling", ["blockwise", "rowwise", "mxfp8"])
 @pytest.mark.parametrize("tokens", [33, 1, 0])
 def test_halves_of_the_experts_add_up_to_the_whole(model, scaling, tokens):
     """A weight is quantised expert by expert and a token by itself, wherever they lie."""

@@ -16,7 +16,8 @@ from torch.distributions import StudentT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from monkey_patch import PatchError, apply_patches, router_statistics
-from monkey_patch.linear_fp8 import Fp8Forward, Recipe, fp8_linear, fp8_problem, make_scaling
+from monkey_patch.kernels.fp8_device import fp8_problem
+from monkey_patch.linear_fp8 import Fp8Forward, Recipe, fp8_linear, make_scaling
 from monkey_patch.linear_fp8 import linear_fp8 as patch_with
 from qwen3_sft.activation_checkpointing import enable_checkpointing
 from tests.oracle import assert_close

@@ -7,40 +7,38 @@ import pytest
 import torch
 
 from monkey_patch.kernels.scatter_moe import block, scatter_moe
-from monkey_patch.kernels.scatter_moe.plain_fp8 import PlainFp8Stages, PlainRowwiseFp8Stages
+from monkey_patch.kernels.scatter_moe.plain_fp8 import (
+    PlainFp8Stages,
+    PlainMxFp8Stages,
+    PlainRowwiseFp8Stages,
+)
 from monkey_patch.kernels.scatter_moe.quantize import (
     BLOCK,
-    E4M3,
     Quantized,
-    QuantizedRows,
     dequantize,
     quantize_rows,
     quantize_weight_layouts,
 )
 from monkey_patch.kernels.scatter_moe.triton.fp8 import stages as fp8_stages
-from monkey_patch.kernels.scatter_moe.triton.fp8.activation_gradient import (
-    fp8_activation_gradient_launch,
-)
-from monkey_patch.kernels.scatter_moe.triton.fp8.product import fp8_product_launch
 from monkey_patch.kernels.scatter_moe.triton.fp8.scaling import fit
 from monkey_patch.kernels.scatter_moe.triton.fp8.stages import (
-    TritonFp8Stages,
-    TritonRowwiseFp8Stages,
+    BY_SCALING,
 )
-from monkey_patch.kernels.scatter_moe.triton.fp8.up import fp8_up_launch
 from monkey_patch.kernels.scatter_moe.triton.stages import TritonStages
-from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles
 from tests.interpreter import use_kernels
 from tests.monkey_patch.experts import NAMES, make_inputs, run_with_gradients
+from tests.monkey_patch.fp8_cases import CUT, assert_same_bits
 from tests.oracle import assert_close
 
 pytestmark = pytest.mark.kernel
 
-SCALINGS = ["blockwise", "rowwise"]
-BLOCKS = {"blockwise": BLOCK, "rowwise": None}
-PLAIN = {"blockwise": PlainFp8Stages, "rowwise": PlainRowwiseFp8Stages}
-KERNELS = {"blockwise": TritonFp8Stages, "rowwise": TritonRowwiseFp8Stages}
-CUT = Tiles(block_m=32, block_n=128, block_k=128, num_warps=4, num_stages=1, tma=True)
+PLAIN = {
+    "blockwise": PlainFp8Stages,
+    "rowwise": PlainRowwiseFp8Stages,
+    "mxfp8": PlainMxFp8Stages,
+}
+KERNELS = BY_SCALING
+SCALINGS = list(PLAIN)
 
 
 @pytest.fixture(autouse=True)
@@ -51,16 +49,6 @@ def _kernels(monkeypatch):
 @pytest.fixture
 def empty_routing():
     return TritonStages.sort_by_expert(torch.zeros(0, 1, dtype=torch.int64), 1)
-
-
-def assert_same_bits(got, expected):
-    """Values and scales; a NaN may have any bits."""
-    for a, e in zip(got[:2], expected[:2], strict=True):
-        assert (a.dtype, a.shape) == (e.dtype, e.shape)
-        whole_number = torch.uint8 if a.dtype == E4M3 else torch.int32
-        is_nan = e.float().isnan()
-        assert torch.equal(a.float().isnan(), is_nan)
-        assert torch.equal(a.view(whole_number)[~is_nan], e.view(whole_number)[~is_nan])
 
 
 def edges(rows, width, dtype):
@@ -83,7 +71,7 @@ def test_rows_have_the_bits_of_the_definition(empty_routing, dtype, width, scali
     x = edges(19, width, dtype)
     got = KERNELS[scaling](empty_routing, 1).quantize_rows(x)
     assert got.dtype == dtype
-    assert_same_bits(got, quantize_rows(x, BLOCKS[scaling]))
+    assert_same_bits(got, quantize_rows(x, scaling))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -96,9 +84,7 @@ def test_weights_have_the_bits_of_the_definition(empty_routing, shape, layouts, 
     w = edges(shape[0] * shape[1], shape[2], torch.bfloat16).view(shape)
     for weight in (w, w.float().mT.contiguous().mT):
         got = stages.quantize_weight(weight, forward=forward, backward=backward)
-        expected = quantize_weight_layouts(
-            weight, BLOCKS[scaling], forward=forward, backward=backward
-        )
+        expected = quantize_weight_layouts(weight, scaling, forward=forward, backward=backward)
         for a, e in zip(got, expected, strict=True):
             assert (a is None) == (e is None)
             if e is not None:
@@ -121,9 +107,9 @@ class Block:
         self.gate_up = (torch.randn(experts, 2 * width, hidden) / hidden**0.5).to(dtype)
         self.down = (torch.randn(experts, hidden, width) / width**0.5).to(dtype)
 
-    def act_of_up(self, cut):
+    def act_of_up(self, cut, scaling):
         """Return the quantised act of the rows that have an expert."""
-        stages = TritonFp8Stages(self.routing, 2)
+        stages = KERNELS[scaling](self.routing, 2)
         stages.tiles = lambda stage, operand: cut
         weight = stages.quantize_weight(self.gate_up, forward=True, backward=False)
         _, act = stages.up(self.x, weight, hidden=False, act=True)
@@ -172,6 +158,10 @@ LIMITS = {"act": 1e-3}
         (144, replace(CUT, block_m=64, block_n=64, tma=False), "blockwise"),
         (40, replace(CUT, block_m=16, block_n=32, block_k=32, epilogue_n=16), "blockwise"),
         (40, replace(CUT, tma=False), "rowwise"),
+        (144, CUT, "mxfp8"),
+        (256, replace(CUT, block_n=64, epilogue_n=64), "mxfp8"),
+        (144, replace(CUT, block_m=64, block_k=64, tma=False), "mxfp8"),
+        (40, replace(CUT, block_m=16, block_n=32, block_k=32, epilogue_n=16), "mxfp8"),
     ],
 )
 def test_stages_compute_what_the_plain_ones_do(width, cut, scaling):
@@ -181,33 +171,50 @@ def test_stages_compute_what_the_plain_ones_do(width, cut, scaling):
     for name, value in got.items():
         assert_close(value, expected[name], name=name, rms=LIMITS.get(name, 2e-6))
     assert_same_bits(alone, act)
-    assert_same_bits(d_hidden, quantize_rows(got["d_hidden"], BLOCKS[scaling]))
+    assert_same_bits(d_hidden, quantize_rows(got["d_hidden"], scaling))
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("width", "dtype"), [(256, torch.bfloat16), (144, torch.float32)])
-def test_act_quantised_in_the_epilogue_has_the_bits_of_a_pass_of_its_own(monkeypatch, width, dtype):
+@pytest.mark.parametrize(
+    ("width", "dtype", "scaling"),
+    [
+        (256, torch.bfloat16, "blockwise"), (144, torch.float32, "blockwise"),
+        (256, torch.bfloat16, "mxfp8"), (144, torch.float32, "mxfp8"),
+    ],
+)  # fmt: skip
+def test_act_quantised_in_the_epilogue_has_the_bits_of_a_pass_of_its_own(
+    monkeypatch, width, dtype, scaling
+):
     case = Block(hidden=48, width=width, dtype=dtype)
     calls = []
 
-    def apart(*arguments, **options):
-        calls.append(is_fused := quantizes_act(*arguments, **options))
+    def apart(*arguments):
+        calls.append(is_fused := quantizes_act(*arguments))
         assert is_fused
         return False
 
     quantizes_act = fp8_stages.quantizes_act
-    fused = case.act_of_up(CUT)
+    fused = case.act_of_up(CUT, scaling)
     monkeypatch.setattr(fp8_stages, "quantizes_act", apart)
-    assert_same_bits(fused, case.act_of_up(CUT))
+    assert_same_bits(fused, case.act_of_up(CUT, scaling))
     assert len(calls) == 1
 
 
 def test_a_block_of_gate_that_ends_in_up_is_quantised_apart():
     quantizes = fp8_stages.quantizes_d_hidden
-    assert quantizes(256, CUT, blockwise=True)
-    assert not quantizes(144, CUT, blockwise=True)
-    assert not quantizes(256, replace(CUT, block_n=64), blockwise=True)
-    assert not quantizes(256, CUT, blockwise=False)
+    assert quantizes(256, CUT, "blockwise")
+    assert not quantizes(144, CUT, "blockwise")
+    assert not quantizes(256, replace(CUT, block_n=64), "blockwise")
+    assert not quantizes(256, CUT, "rowwise")
+    assert quantizes(160, replace(CUT, block_n=64), "mxfp8")
+    assert not quantizes(144, CUT, "mxfp8")
+
+
+def test_half_a_block_of_act_is_quantised_apart():
+    """In mxfp8 each half of a tile is stored by itself."""
+    assert fp8_stages.quantizes_act(64, CUT, "mxfp8")
+    assert not fp8_stages.quantizes_act(32, CUT, "mxfp8")
+    assert not fp8_stages.quantizes_act(144, replace(CUT, block_n=32), "mxfp8")
 
 
 def plain_and_kernels(tensors, index, scaling, **options):
@@ -275,13 +282,14 @@ def test_two_runs_and_recomputed_hidden_are_bit_equal(scaling):
         assert torch.equal(first, recomputed), name
 
 
+@pytest.mark.parametrize("scaling", ["blockwise", "mxfp8"])
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_what_is_not_finite_spreads_as_in_the_definition(position, bad):
+def test_what_is_not_finite_spreads_as_in_the_definition(position, bad, scaling):
     tensors, _ = make_inputs(T=12, E=3, dtype=torch.bfloat16)
     index = torch.tensor([0, 0, *[1, 2] * 5])[:, None].expand(12, 2).contiguous()
     tensors[position].view(-1)[9] = bad  # of token or expert 0
-    expected, got = plain_and_kernels(tensors, index, "blockwise")
+    expected, got = plain_and_kernels(tensors, index, scaling)
     for name, a, e in zip(("out", *NAMES), got, expected, strict=True):
         assert torch.equal(a.isfinite(), e.isfinite()), name
     assert not got[0].isfinite().all()
@@ -294,67 +302,3 @@ def test_cuts_that_cannot_be_right_are_refused():
     with pytest.raises(ValueError, match="persistent is true"):
         fit(replace(CUT, persistent=True), 512, 512)
     assert fit(CUT, 512, 8).block_k == 32, "the least depth of an FP8 product"
-
-
-def far_rows(width):
-    """Rows beyond 2**31 values; pages that nobody touches cost nothing."""
-    rows = 2**31 // width + 64
-    values = torch.empty(rows, width, dtype=E4M3)
-    return QuantizedRows(values, torch.empty(rows, width // BLOCK), torch.float32), rows - 32
-
-
-def fill(rows, start, count):
-    values, scales = quantize_rows(torch.randn(count, rows.values.shape[1]))
-    rows.values[start : start + count], rows.scales[start : start + count] = values, scales
-    return dequantize(values, scales).double()
-
-
-def weight_of(rows, depth):
-    values, scales = quantize_weight_layouts(
-        torch.randn(1, rows, depth), BLOCK, forward=True, backward=False
-    ).forward
-    return Quantized(values, scales), dequantize(values, scales)[0].double()
-
-
-def test_rows_beyond_two_billion_values():
-    rows, far = far_rows(2048)
-    truth = fill(rows, far, 8)
-    weight, w = weight_of(64, 2048)
-    tiles = torch.tensor([[0], [far], [far + 8]], dtype=torch.int32)
-    for tma in (True, False):
-        out, cut = torch.empty(len(rows.values), 64), replace(CUT, tma=tma)
-        fp8_product_launch(rows, weight, out, tiles, cut, blockwise=True).run()
-        assert_close(out[far : far + 8], truth @ w.T)
-
-    slot = torch.tensor([far], dtype=torch.int32)
-    hidden, tiles = torch.empty(1, 64), torch.tensor([[0], [0], [1]], dtype=torch.int32)
-    fp8_up_launch(rows, weight, hidden, None, slot, tiles, 1, CUT, blockwise=True).run()
-    assert_close(hidden, truth[:1] @ w.T)
-
-
-def test_results_beyond_two_billion_values():
-    width, count = 1024, 8
-    quantized, far = far_rows(2 * width)
-    act, _ = far_rows(width)
-    num_slots, rows = len(act.values), slice(far, far + count)
-    slots = torch.zeros(num_slots, dtype=torch.int32)
-    slots[rows] = torch.arange(count, dtype=torch.int32)
-    tiles = torch.tensor([[0], [far], [far + count]], dtype=torch.int32)
-    x = QuantizedRows(*quantize_rows(torch.randn(count, 32)), torch.float16)
-    gate_up, w = weight_of(2 * width, 32)
-    hidden = torch.empty(num_slots, 2 * width, dtype=torch.float16)
-    fp8_up_launch(x, gate_up, hidden, act, slots, tiles, 1, CUT, blockwise=True).run()
-    assert_close(hidden[rows], dequantize(*x[:2]).double() @ w.T)
-    gate, up = hidden[rows].double().chunk(2, dim=-1)
-    truth = torch.nn.functional.silu(gate) * up
-    assert_close(dequantize(act.values[rows], act.scales[rows]), truth, rms=0.04)
-
-    down, _ = weight_of(width, 32)
-    d_hidden, partial_sums = torch.empty_like(hidden), torch.empty(8, num_slots)
-    fp8_activation_gradient_launch(
-        x, down, hidden, torch.ones(count, 1), d_hidden, quantized, None, partial_sums, slots,
-        tiles, CUT, blockwise=True,
-    ).run()  # fmt: skip
-    got = Quantized(quantized.values[rows], quantized.scales[rows])
-    assert_same_bits(got, quantize_rows(d_hidden[rows]))
-    assert d_hidden[rows].isfinite().all()

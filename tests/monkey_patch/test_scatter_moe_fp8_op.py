@@ -10,13 +10,13 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from monkey_patch.kernels.fp8_device import require_fp8_products
 from monkey_patch.kernels.scatter_moe import scatter_moe
-from monkey_patch.kernels.scatter_moe.block import require_fp8_products
 from tests.monkey_patch.experts import NAMES, make_inputs, run_with_gradients
 from tests.oracle import assert_close
 
 OP = torch.ops.monkey_patch.scatter_moe.default
-SCALINGS = ["blockwise", "rowwise"]
+SCALINGS = ["blockwise", "rowwise", "mxfp8"]
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -154,7 +154,13 @@ def test_wrong_arguments_are_named():
 
 
 def test_a_gpu_without_fp8_is_refused():
-    require_fp8_products((8, 9), "L40S")
-    require_fp8_products((10, 0), "B200")
-    with pytest.raises(ValueError, match=r"sm_89 or newer .*A100 is sm_80: set fp8='off'"):
-        require_fp8_products((8, 0), "A100")
+    for scaling in SCALINGS[:2]:
+        require_fp8_products((8, 9), "L40S", scaling)
+        with pytest.raises(ValueError, match=r"A100 is .*capability 8\.0.*needs 8\.9 .*FP8 off"):
+            require_fp8_products((8, 0), "A100", scaling)
+    for capability in ((10, 0), (10, 3), (12, 0)):
+        require_fp8_products(capability, "B200", "mxfp8")
+    with pytest.raises(ValueError, match=r"H200 is .* 9\.0, its scales need 10\.0 .* blockwise"):
+        require_fp8_products((9, 0), "H200", "mxfp8")
+    with pytest.raises(ValueError, match=r"A100 is a device without FP8"):
+        require_fp8_products((8, 0), "A100", "mxfp8")

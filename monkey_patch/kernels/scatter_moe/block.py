@@ -20,10 +20,21 @@ from typing import Any
 
 import torch
 
+from monkey_patch.kernels.fp8_device import require_fp8_products
 from monkey_patch.kernels.launch import takes_kernels
 from monkey_patch.kernels.scatter_moe.plain import PlainStages
-from monkey_patch.kernels.scatter_moe.plain_fp8 import PlainFp8Stages, PlainRowwiseFp8Stages
+from monkey_patch.kernels.scatter_moe.plain_fp8 import (
+    PlainFp8Stages,
+    PlainMxFp8Stages,
+    PlainRowwiseFp8Stages,
+)
 from monkey_patch.kernels.scatter_moe.routing import Routing
+
+_PLAIN_FP8 = {
+    "blockwise": PlainFp8Stages,
+    "rowwise": PlainRowwiseFp8Stages,
+    "mxfp8": PlainMxFp8Stages,
+}
 
 
 def expert_forward(
@@ -151,30 +162,12 @@ def _backend(x_TD: torch.Tensor, fp8: str) -> Any:
 def _fp8_backend(x_TD: torch.Tensor, fp8: str) -> Any:
     if x_TD.is_cuda:
         require_fp8_products(
-            torch.cuda.get_device_capability(x_TD.device), torch.cuda.get_device_name(x_TD.device)
+            torch.cuda.get_device_capability(x_TD.device),
+            torch.cuda.get_device_name(x_TD.device),
+            fp8,
         )
     if not takes_kernels(x_TD):
-        return PlainFp8Stages if fp8 == "blockwise" else PlainRowwiseFp8Stages
-    from monkey_patch.kernels.scatter_moe.triton.fp8.stages import (
-        TritonFp8Stages,
-        TritonRowwiseFp8Stages,
-    )
+        return _PLAIN_FP8[fp8]
+    from monkey_patch.kernels.scatter_moe.triton.fp8.stages import BY_SCALING
 
-    return TritonFp8Stages if fp8 == "blockwise" else TritonRowwiseFp8Stages
-
-
-def require_fp8_products(capability: tuple[int, int], name: str) -> None:
-    """Refuse a CUDA device whose tensor cores do not multiply FP8.
-
-    Args:
-        capability: of the device, such as (9, 0).
-        name: of the device, for the message.
-
-    Raises:
-        ValueError: it is older than sm_89.
-    """
-    if capability < (8, 9):
-        raise ValueError(
-            f"fp8 needs a GPU of sm_89 or newer (Ada, Hopper, Blackwell); {name} is "
-            f"sm_{capability[0]}{capability[1]}: set fp8='off'"
-        )
+    return BY_SCALING[fp8]

@@ -58,7 +58,7 @@ def scatter_moe(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together; FP8 of float64, or on a CUDA
-            device that has none (below sm_89).
+            device that has none (below sm_89), mxfp8 below sm_100.
     """
     _check(x_TD, gate_up_proj_E2FD, down_proj_EDF, top_k_index_TK, top_k_weights_TK)
     _check_fp8(fp8, x_TD, gate_up_proj_E2FD, down_proj_EDF)

@@ -28,11 +28,11 @@ import torch
 
 from monkey_patch.kernels.scatter_moe.plain import CommonStages, silu_and_multiply
 from monkey_patch.kernels.scatter_moe.quantize import (
-    BLOCK,
     HiddenGradient,
     Quantized,
     QuantizedRows,
     QuantizedWeight,
+    Scaling,
     dequantize,
     quantize_rows,
     quantize_weight_layouts,
@@ -42,17 +42,17 @@ from monkey_patch.kernels.scatter_moe.quantize import (
 class PlainFp8Stages(CommonStages):
     """The stages of one pass over one routing, blockwise."""
 
-    block: int | None = BLOCK
+    scaling: Scaling = "blockwise"
 
     def quantize_weight(
         self, weight_EMK: torch.Tensor, *, forward: bool, backward: bool
     ) -> QuantizedWeight:
         """Quantise a weight for `up` or `down` (forward), for a gradient (backward), or both."""
-        return quantize_weight_layouts(weight_EMK, self.block, forward=forward, backward=backward)
+        return quantize_weight_layouts(weight_EMK, self.scaling, forward=forward, backward=backward)
 
     def quantize_rows(self, rows_MK: torch.Tensor) -> QuantizedRows:
         """Quantise rows along the contraction."""
-        return QuantizedRows(*quantize_rows(rows_MK, self.block), rows_MK.dtype)
+        return QuantizedRows(*quantize_rows(rows_MK, self.scaling), rows_MK.dtype)
 
     def up(
         self, x_TD: torch.Tensor, gate_up_proj: QuantizedWeight, *, hidden: bool, act: bool
@@ -122,4 +122,10 @@ class PlainFp8Stages(CommonStages):
 class PlainRowwiseFp8Stages(PlainFp8Stages):
     """The same with one scale per row."""
 
-    block = None
+    scaling = "rowwise"
+
+
+class PlainMxFp8Stages(PlainFp8Stages):
+    """The same with a power of two for every 32 neighbours along a contraction."""
+
+    scaling = "mxfp8"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from monkey_patch.kernels.launch import Launch
-from monkey_patch.kernels.scatter_moe.quantize import BLOCK, Fp8, Quantized, QuantizedRows
+from monkey_patch.kernels.scatter_moe.quantize import Fp8, Quantized, QuantizedRows, Scaling
 from monkey_patch.kernels.scatter_moe.routing import Routing, new_routing
 from monkey_patch.kernels.scatter_moe.triton.activation_gradient import (
     activation_gradient_launch,
@@ -152,40 +152,36 @@ def launches(
 def _fp8_launches(
     b: _Buffers,
     cuts: tuple[Tiles, Tiles, Tiles, Tiles],
-    fp8: Fp8,
+    fp8: Scaling,
     partials: torch.Tensor,
     *,
     recompute_hidden: bool,
 ) -> dict[str, list[Launch]]:
     """Return the launches of the stages whose operands are in FP8, and of what quantises."""
-    is_blockwise = fp8 == "blockwise"
-    block = BLOCK if is_blockwise else None
     slots, width = b.routing.slot_of_row, b.shape.intermediate
     up, down, gradient, inputs = cuts
-    up_weight, down_weight = (new_quantized(w, block) for w in (b.gate_up, b.down))
-    up_turned, down_turned = (new_quantized(w.mT, block) for w in (b.gate_up, b.down))
-    x, act, d_hidden = (new_quantized_rows(t.shape, t, block) for t in (b.x, b.act, b.hidden))
-    fuses_act = quantizes_act(width, up, blockwise=is_blockwise)
-    fuses_d_hidden = quantizes_d_hidden(width, gradient, blockwise=is_blockwise)
+    up_weight, down_weight = (new_quantized(w, fp8) for w in (b.gate_up, b.down))
+    up_turned, down_turned = (new_quantized(w.mT, fp8) for w in (b.gate_up, b.down))
+    x, act, d_hidden = (new_quantized_rows(t.shape, t, fp8) for t in (b.x, b.act, b.hidden))
+    fuses_act = quantizes_act(width, up, fp8)
+    fuses_d_hidden = quantizes_d_hidden(width, gradient, fp8)
 
     def up_stage(hidden: torch.Tensor | None, *, with_act: bool) -> Launch:
         return fp8_up_launch(
             x, up_weight, hidden, (act if fuses_act else b.act) if with_act else None,
-            slots, _map(b, up), b.shape.top_k, up, blockwise=is_blockwise,
+            slots, _map(b, up), b.shape.top_k, up, scaling=fp8,
         )  # fmt: skip
 
     def product(rows: QuantizedRows, weight: Quantized, tiles: Tiles) -> Launch:
-        return fp8_product_launch(
-            rows, weight, b.rows_out, _map(b, tiles), tiles, blockwise=is_blockwise
-        )
+        return fp8_product_launch(rows, weight, b.rows_out, _map(b, tiles), tiles, scaling=fp8)
 
     gradient_stage = fp8_activation_gradient_launch(
         x, down_turned, b.hidden, b.weights, b.hidden, d_hidden if fuses_d_hidden else None,
-        b.act, partials, slots, _map(b, gradient), gradient, blockwise=is_blockwise,
+        b.act, partials, slots, _map(b, gradient), gradient, scaling=fp8,
     )  # fmt: skip
     return {
         "quantize": _quantize_launches(
-            b, block, recompute_hidden, act=not fuses_act, d_hidden=not fuses_d_hidden
+            b, fp8, recompute_hidden, act=not fuses_act, d_hidden=not fuses_d_hidden
         ),
         "up": [up_stage(None, with_act=True), up_stage(b.hidden, with_act=False)]
         if recompute_hidden
@@ -197,16 +193,16 @@ def _fp8_launches(
 
 
 def _quantize_launches(
-    b: _Buffers, block: int | None, recompute_hidden: bool, *, act: bool, d_hidden: bool
+    b: _Buffers, fp8: Scaling, recompute_hidden: bool, *, act: bool, d_hidden: bool
 ) -> list[Launch]:
     rows = [b.x, *([b.act] if act else []), *([b.hidden] if d_hidden else [])]
-    found = [quantize_rows_launch(t, new_quantized_rows(t.shape, t, block), block) for t in rows]
+    found = [quantize_rows_launch(t, new_quantized_rows(t.shape, t, fp8), fp8) for t in rows]
     forward, backward = {"forward": True, "backward": False}, {"forward": False, "backward": True}
     again = {"forward": recompute_hidden, "backward": True}
     for weight, ways in ((b.d_gate_up, (forward, again)), (b.d_down, (forward, backward))):
         for way in ways:
-            out = new_quantized_weight(weight, block, **way)
-            found += quantize_weight_launches(weight, out, block)
+            out = new_quantized_weight(weight, fp8, **way)
+            found += quantize_weight_launches(weight, out, fp8)
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from monkey_patch.kernels.launch import next_power_of_2
+from monkey_patch.kernels.scatter_moe.quantize import E4M3, Fp8
 
 TABLE = Path(__file__).with_name("tiles.json")
 STAGES = ("up", "down", "activation_gradient", "input_gradient", "weight_gradient")
@@ -61,20 +62,25 @@ class Tiles:
         )
 
 
-def choose_tiles(stage: str, architecture: str, dtype: torch.dtype, rows_per_expert: int) -> Tiles:
+def choose_tiles(
+    stage: str, architecture: str, dtype: torch.dtype, rows_per_expert: int, fp8: Fp8 = "off"
+) -> Tiles:
     """Look up the shipped choice.
 
     Args:
         stage: one of `STAGES`.
         architecture: `architecture_of` a tensor; unlisted ones take "default".
         dtype: of the operands; float32 takes its own small tiles, float8_e4m3fn the rows of the
-            architecture's name behind "fp8_".
+            architecture's name behind "fp8_" or, in mxfp8, "mxfp8_".
         rows_per_expert: average, T * K // E.
+        fp8: scaling of the operands.
     """
     table = shipped_table()
     if dtype == torch.float32 and architecture != "interpreter":
         architecture = "float32"
-    kind = "fp8_" if dtype == torch.float8_e4m3fn else ""
+    kind = ""
+    if dtype == E4M3:
+        kind = "mxfp8_" if fp8 == "mxfp8" else "fp8_"
     rows = table.get(kind + architecture, table[kind + "default"])[stage]
     return next(tiles for limit, tiles in rows if limit is None or rows_per_expert <= limit)
 

@@ -47,7 +47,8 @@ def warm_up(
     dtypes = dict.fromkeys(STAGES, x_TD.dtype)
     if fp8 != "off":
         dtypes |= dict.fromkeys(FP8_STAGES, E4M3)
-    cuts = {stage: choose_tiles(stage, architecture, dtypes[stage], rows) for stage in STAGES}
+    scaling = () if fp8 == "off" else (fp8,)
+    cuts = {s: choose_tiles(s, architecture, dtypes[s], rows, *scaling) for s in STAGES}
     facts = (x_TD.device, x_TD.dtype, down_proj_EDF.dtype, shape[1:], recompute_hidden, fp8)
     key = (*facts, *cuts.values())
     if key in _ready:

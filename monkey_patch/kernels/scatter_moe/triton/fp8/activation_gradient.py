@@ -14,12 +14,25 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from monkey_patch.kernels.launch import Launch, cdiv
-from monkey_patch.kernels.scatter_moe.quantize import BLOCK, Quantized, QuantizedRows
-from monkey_patch.kernels.scatter_moe.triton.fp8.epilogue import halves, store_quantized, whole
+from monkey_patch.kernels.scatter_moe.quantize import (
+    Quantized,
+    QuantizedRows,
+    Scaling,
+    block_width,
+)
+from monkey_patch.kernels.scatter_moe.triton.fp8.epilogue import (
+    halves,
+    store_block,
+    store_blocks,
+    whole,
+)
 from monkey_patch.kernels.scatter_moe.triton.fp8.scaling import (
     add_product,
+    as_pointer,
+    epilogue_columns,
     finish_product,
     fit,
+    is_whole_blocks,
     scaling_arguments,
     weight_scales,
 )
@@ -50,7 +63,7 @@ def _fp8_activation_gradient_kernel(
     TOP_K: tl.constexpr,
     STORE_ACT: tl.constexpr,
     QUANTIZE: tl.constexpr,
-    BLOCKWISE: tl.constexpr,
+    SCALING: tl.constexpr,
     TALL: tl.constexpr,
     SCALES: tl.constexpr,
     ONE_SCALE: tl.constexpr,
@@ -72,23 +85,20 @@ def _fp8_activation_gradient_kernel(
         token = (slot // TOP_K).to(tl.int64)[:, None]
         acc = _gathered_product(
             d_out_ptr, d_out_scales_ptr, weight, weights_scales_ptr, expert, token, is_row, column,
-            D, F, BLOCKWISE, TALL, SCALES, ONE_SCALE, TMA, BLOCK_N, BLOCK_K,
+            D, F, SCALING, TALL, SCALES, ONE_SCALE, TMA, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         factor = tl.load(routing_weights_ptr + slot, mask=is_row, other=0.0).to(tl.float32)
         partial, d_gate, d_up = _swiglu_gradient(
             acc, factor, rows, is_row, column, hidden_ptr, d_hidden_ptr, scaled_act_ptr,
-            F, STORE_ACT, EPILOGUE_N,
+            quantized_ptr, quantized_scales_ptr, F, STORE_ACT,
+            QUANTIZE and SCALING != "blockwise", EPILOGUE_N,
         )  # fmt: skip
         place = (work % COLUMN_TILES) * num_slots.to(tl.int64) + rows
         tl.store(partial_ptr + place, partial, mask=is_row)
-        if QUANTIZE:
-            store_quantized(
-                d_gate, rows, is_row, column, quantized_ptr, quantized_scales_ptr, 2 * F, EPILOGUE_N
-            )
-            store_quantized(
-                d_up, rows, is_row, F + column, quantized_ptr, quantized_scales_ptr,
-                2 * F, EPILOGUE_N,
-            )  # fmt: skip
+        if QUANTIZE and SCALING == "blockwise":
+            out_ptrs = quantized_ptr, quantized_scales_ptr
+            store_block(d_gate, rows, is_row, column, *out_ptrs, 2 * F, EPILOGUE_N)
+            store_block(d_up, rows, is_row, F + column, *out_ptrs, 2 * F, EPILOGUE_N)
 
 
 @triton.jit
@@ -103,7 +113,7 @@ def _gathered_product(
     column,
     D: tl.constexpr,
     F: tl.constexpr,
-    BLOCKWISE: tl.constexpr,
+    SCALING: tl.constexpr,
     TALL: tl.constexpr,
     SCALES: tl.constexpr,
     ONE_SCALE: tl.constexpr,
@@ -129,8 +139,8 @@ def _gathered_product(
         else:
             is_weight = is_column & (ks + k < D)[:, None]
             w = tl.load(w_ptrs + k, mask=is_weight, other=0.0)
-        acc = add_product(acc, d_out, w, row_scale, w_scale, k, BLOCKWISE)
-    return finish_product(acc, row_scale, w_scale, BLOCKWISE)
+        acc = add_product(acc, d_out, w, row_scale, w_scale, k, SCALES, SCALING, BLOCK_K)
+    return finish_product(acc, row_scale, w_scale, SCALING)
 
 
 @triton.jit
@@ -143,20 +153,28 @@ def _swiglu_gradient(
     hidden_ptr,
     d_hidden_ptr,
     scaled_act_ptr,
+    quantized_ptr,
+    quantized_scales_ptr,
     F: tl.constexpr,
     STORE_ACT: tl.constexpr,
+    QUANTIZE: tl.constexpr,
     EPILOGUE_N: tl.constexpr,
 ):
-    """Store d_hidden and factor * act; return <d_act, act> of every row, d_gate and d_up."""
+    """Store d_hidden, also in blocks of 32 if QUANTIZE, and factor * act.
+
+    Returns:
+        <d_act, act> of every row, d_gate and d_up.
+    """
     if d_act.shape[1] > EPILOGUE_N:
         left, right = halves(d_act)
         d_factor, left_gate, left_up = _swiglu_gradient(
             left, factor, rows, is_row, first_column, hidden_ptr, d_hidden_ptr, scaled_act_ptr,
-            F, STORE_ACT, EPILOGUE_N,
+            quantized_ptr, quantized_scales_ptr, F, STORE_ACT, QUANTIZE, EPILOGUE_N,
         )  # fmt: skip
         more, right_gate, right_up = _swiglu_gradient(
             right, factor, rows, is_row, first_column + left.shape[1], hidden_ptr,
-            d_hidden_ptr, scaled_act_ptr, F, STORE_ACT, EPILOGUE_N,
+            d_hidden_ptr, scaled_act_ptr, quantized_ptr, quantized_scales_ptr,
+            F, STORE_ACT, QUANTIZE, EPILOGUE_N,
         )  # fmt: skip
         d_factor += more
         d_gate = whole(left_gate, right_gate)
@@ -164,8 +182,7 @@ def _swiglu_gradient(
     else:
         columns = first_column + tl.arange(0, d_act.shape[1])[None, :]
         mask = is_row[:, None] & (columns < F)
-        rows = rows.to(tl.int64)[:, None]
-        places = rows * (2 * F) + columns
+        places = rows.to(tl.int64)[:, None] * (2 * F) + columns
         gate = tl.load(hidden_ptr + places, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(hidden_ptr + places + F, mask=mask, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(gate)
@@ -174,7 +191,7 @@ def _swiglu_gradient(
         factor = factor[:, None]
         if STORE_ACT:
             scaled = (act * factor).to(scaled_act_ptr.dtype.element_ty)
-            tl.store(scaled_act_ptr + rows * F + columns, scaled, mask=mask)
+            tl.store(scaled_act_ptr + rows.to(tl.int64)[:, None] * F + columns, scaled, mask=mask)
         d_factor = tl.sum(tl.where(mask, d_act * act, 0.0), axis=1)
         d_act *= factor
         d_gate = d_act * up * (sigmoid + silu * (1.0 - sigmoid))
@@ -182,6 +199,13 @@ def _swiglu_gradient(
         tl.store(d_hidden_ptr + places, d_gate, mask=mask)
         d_up = (d_act * silu).to(d_hidden_ptr.dtype.element_ty)
         tl.store(d_hidden_ptr + places + F, d_up, mask=mask)
+        if QUANTIZE:
+            store_blocks(
+                d_gate, rows, is_row, first_column, quantized_ptr, quantized_scales_ptr, 2 * F
+            )
+            store_blocks(
+                d_up, rows, is_row, F + first_column, quantized_ptr, quantized_scales_ptr, 2 * F
+            )
     return d_factor, d_gate, d_up
 
 
@@ -198,7 +222,7 @@ def fp8_activation_gradient_launch(
     row_tiles: torch.Tensor,
     tiles: Tiles,
     *,
-    blockwise: bool,
+    scaling: Scaling,
 ) -> Launch:
     """Return the launch that fills the four results before `slot_of_row`.
 
@@ -214,7 +238,7 @@ def fp8_activation_gradient_launch(
         slot_of_row: of the `Routing`.
         row_tiles: map for `tiles.block_m`.
         tiles: the cut.
-        blockwise: the scaling, else rowwise.
+        scaling: of the operands.
     """
     num_experts, width, depth = down_proj.values.shape
     tiles = fit(tiles, width, depth)
@@ -231,14 +255,14 @@ def fp8_activation_gradient_launch(
         num_row_tiles * cdiv(width, tiles.block_n),
         {
             "d_out_ptr": d_out.values,
-            "d_out_scales_ptr": d_out.scales,
+            "d_out_scales_ptr": as_pointer(d_out.scales),
             "weight": weight,
-            "weights_scales_ptr": down_proj.scales,
+            "weights_scales_ptr": as_pointer(down_proj.scales),
             "hidden_ptr": hidden_N2F,
             "routing_weights_ptr": weights_TK,
             "d_hidden_ptr": d_hidden_N2F,
             "quantized_ptr": values,
-            "quantized_scales_ptr": value_scales,
+            "quantized_scales_ptr": as_pointer(value_scales),
             "scaled_act_ptr": d_hidden_N2F if scaled_act_NF is None else scaled_act_NF,
             "partial_ptr": partial_PN,
             "slot_of_row_ptr": slot_of_row,
@@ -251,14 +275,15 @@ def fp8_activation_gradient_launch(
             "TOP_K": weights_TK.shape[1],
             "STORE_ACT": scaled_act_NF is not None,
             "QUANTIZE": quantized is not None,
-            **scaling_arguments(tiles, depth, blockwise=blockwise, tma=tma),
-            "EPILOGUE_N": tiles.epilogue_n,
+            **scaling_arguments(tiles, d_out.values, scaling=scaling, tma=tma),
+            "EPILOGUE_N": epilogue_columns(tiles, scaling),
         },
         tiles.num_warps,
         tiles.num_stages,
     )
 
 
-def quantizes_d_hidden(width: int, tiles: Tiles, *, blockwise: bool) -> bool:
+def quantizes_d_hidden(width: int, tiles: Tiles, scaling: Scaling) -> bool:
     """Tell whether a tile of the stage holds whole blocks of gate and of up for F = `width`."""
-    return blockwise and width % BLOCK == 0 and tiles.block_n == BLOCK
+    is_aligned = width % block_width(scaling, 2 * width) == 0
+    return is_aligned and is_whole_blocks(tiles.fit(width, width), width, scaling)

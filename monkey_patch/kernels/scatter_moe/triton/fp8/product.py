@@ -8,9 +8,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from monkey_patch.kernels.launch import Launch, cdiv
-from monkey_patch.kernels.scatter_moe.quantize import Quantized, QuantizedRows
+from monkey_patch.kernels.scatter_moe.quantize import Quantized, QuantizedRows, Scaling
 from monkey_patch.kernels.scatter_moe.triton.fp8.scaling import (
     add_product,
+    as_pointer,
     finish_product,
     fit,
     scaling_arguments,
@@ -32,7 +33,7 @@ def _fp8_product_kernel(
     NUM_EXPERTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    BLOCKWISE: tl.constexpr,
+    SCALING: tl.constexpr,
     TALL: tl.constexpr,
     SCALES: tl.constexpr,
     ONE_SCALE: tl.constexpr,
@@ -73,8 +74,8 @@ def _fp8_product_kernel(
                 is_k = ks + k < DEPTH
                 r = tl.load(row_ptrs + k, mask=is_row & is_k[None, :], other=0.0)
                 w = tl.load(w_ptrs + k, mask=is_column & is_k[:, None], other=0.0)
-            acc = add_product(acc, r, w, row_scale, w_scale, k, BLOCKWISE)
-        acc = finish_product(acc, row_scale, w_scale, BLOCKWISE)
+            acc = add_product(acc, r, w, row_scale, w_scale, k, SCALES, SCALING, BLOCK_K)
+        acc = finish_product(acc, row_scale, w_scale, SCALING)
         out_ptrs = out_ptr + row_start * COLUMNS + columns
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_row & is_column)
 
@@ -86,7 +87,7 @@ def fp8_product_launch(
     row_tiles: torch.Tensor,
     tiles: Tiles,
     *,
-    blockwise: bool,
+    scaling: Scaling,
 ) -> Launch:
     """Return the launch that fills `out_NM` with rows @ weight[e].T.
 
@@ -96,7 +97,7 @@ def fp8_product_launch(
         out_NM: (N, M) in any float dtype.
         row_tiles: map for `tiles.block_m`.
         tiles: the cut.
-        blockwise: the scaling, else rowwise.
+        scaling: of the operands.
     """
     num_experts, columns, depth = weight.values.shape
     tiles = fit(tiles, columns, depth)
@@ -112,16 +113,16 @@ def fp8_product_launch(
         num_row_tiles * cdiv(columns, tiles.block_n),
         {
             "rows_in": rows_in,
-            "rows_scales_ptr": rows.scales,
+            "rows_scales_ptr": as_pointer(rows.scales),
             "weight": weight_in,
-            "weights_scales_ptr": weight.scales,
+            "weights_scales_ptr": as_pointer(weight.scales),
             "out_ptr": out_NM,
             "tiles_ptr": row_tiles,
             "num_row_tiles": num_row_tiles,
             "NUM_EXPERTS": num_experts,
             "COLUMNS": columns,
             "DEPTH": depth,
-            **scaling_arguments(tiles, depth, blockwise=blockwise, tma=tma),
+            **scaling_arguments(tiles, weight.values, scaling=scaling, tma=tma),
         },
         tiles.num_warps,
         tiles.num_stages,

@@ -15,8 +15,14 @@ from monkey_patch.kernels.scatter_moe.quantize import (
     Quantized,
     QuantizedRows,
     QuantizedWeight,
+    Scaling,
+    block_height,
+    block_width,
+    scale_dtype,
 )
+from monkey_patch.kernels.scatter_moe.triton.fp8.mx_weight import mx_weight_launch
 from monkey_patch.kernels.scatter_moe.triton.fp8.scaling import (
+    as_pointer,
     largest_bits,
     quantize_tile,
     scale_of,
@@ -38,6 +44,7 @@ def _quantize_rows_kernel(
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
+    MX: tl.constexpr,
 ):
     """Quantise ROWS rows of BLOCKS blocks of WIDTH values."""
     COLUMN_TILES: tl.constexpr = (K + BLOCKS * WIDTH - 1) // (BLOCKS * WIDTH)
@@ -49,7 +56,7 @@ def _quantize_rows_kernel(
     mask = is_row & (columns < K)
     places = rows[:, None] * K + columns
     x = tl.load(x_ptr + places, mask=mask, other=0.0).to(tl.float32)
-    values, scales = quantize_tile(x.reshape(ROWS * BLOCKS, WIDTH))
+    values, scales = quantize_tile(x.reshape(ROWS * BLOCKS, WIDTH), MX)
     tl.store(values_ptr + places, values.reshape(ROWS, BLOCKS * WIDTH), mask=mask)
     blocks = (block + tl.arange(0, BLOCKS))[None, :]
     scale_ptrs = scales_ptr + rows[:, None] * SCALES + blocks
@@ -124,20 +131,20 @@ def _quantize_columns_kernel(
         tl.store(transposed_ptr + places, values, mask=mask.trans())
 
 
-def quantize_rows_launch(x_MK: torch.Tensor, out: QuantizedRows, block: int | None) -> Launch:
+def quantize_rows_launch(x_MK: torch.Tensor, out: QuantizedRows, scaling: Scaling) -> Launch:
     """Return the launch that quantises rows.
 
     Args:
         x_MK: (M, K) bfloat16, float16 or float32, contiguous.
-        out: values (M, K) and scales (M, ceil(K / block)) to fill.
-        block: neighbours that share a scale; None is the whole row.
+        out: values (M, K) and their scales, to fill.
+        scaling: which neighbours share a scale.
     """
-    return _rows_launch(x_MK, Quantized(out.values, out.scales), block)
+    return _rows_launch(x_MK, Quantized(out.values, out.scales), scaling)
 
 
-def _rows_launch(x_MK: torch.Tensor, out: Quantized, block: int | None) -> Launch:
+def _rows_launch(x_MK: torch.Tensor, out: Quantized, scaling: Scaling) -> Launch:
     depth = x_MK.shape[-1]
-    width = block or next_power_of_2(depth)
+    width = next_power_of_2(block_width(scaling, depth))
     blocks = max(1, min(_ROW, next_power_of_2(depth)) // width)
     rows, num_rows = max(1, _TILE // (blocks * width)), x_MK.numel() // depth
     return Launch(
@@ -146,57 +153,59 @@ def _rows_launch(x_MK: torch.Tensor, out: Quantized, block: int | None) -> Launc
         {
             "x_ptr": x_MK,
             "values_ptr": out.values,
-            "scales_ptr": out.scales,
+            "scales_ptr": as_pointer(out.scales),
             "num_rows": num_rows,
             "K": depth,
             "WIDTH": width,
             "BLOCKS": blocks,
             "ROWS": rows,
+            "MX": scaling == "mxfp8",
         },
     )
 
 
-def new_quantized_rows(
-    shape: Sequence[int], like: torch.Tensor, block: int | None
-) -> QuantizedRows:
+def new_quantized_rows(shape: Sequence[int], like: torch.Tensor, scaling: Scaling) -> QuantizedRows:
     """Return unwritten values (M, K) and scales, for rows of the dtype and device of `like`."""
     rows, depth = shape
-    scales = like.new_empty((rows, cdiv(depth, block or depth)), dtype=torch.float32)
+    sizes = rows, cdiv(depth, block_width(scaling, depth))
+    scales = like.new_empty(sizes, dtype=scale_dtype(scaling))
     return QuantizedRows(like.new_empty((rows, depth), dtype=E4M3), scales, like.dtype)
 
 
-def new_quantized(w_EMK: torch.Tensor, block: int | None) -> Quantized:
+def new_quantized(w_EMK: torch.Tensor, scaling: Scaling) -> Quantized:
     """Return unwritten values and scales for a weight of this shape."""
     experts, rows, depth = w_EMK.shape
-    sizes = (experts, cdiv(rows, block or 1), cdiv(depth, block or depth))
+    tall, wide = block_height(scaling), block_width(scaling, depth)
+    sizes = (experts, cdiv(rows, tall), cdiv(depth, wide))
     values = w_EMK.new_empty((experts, rows, depth), dtype=E4M3)
-    return Quantized(values, w_EMK.new_empty(sizes, dtype=torch.float32))
+    return Quantized(values, w_EMK.new_empty(sizes, dtype=scale_dtype(scaling)))
 
 
 def new_quantized_weight(
-    w_EMK: torch.Tensor, block: int | None, *, forward: bool, backward: bool
+    w_EMK: torch.Tensor, scaling: Scaling, *, forward: bool, backward: bool
 ) -> QuantizedWeight:
     """Return unwritten values and scales in the layouts that are wanted."""
     return QuantizedWeight(
-        new_quantized(w_EMK, block) if forward else None,
-        new_quantized(w_EMK.mT, block) if backward else None,
+        new_quantized(w_EMK, scaling) if forward else None,
+        new_quantized(w_EMK.mT, scaling) if backward else None,
     )
 
 
 def quantize_weight_launches(
-    w_EMK: torch.Tensor, out: QuantizedWeight, block: int | None
+    w_EMK: torch.Tensor, out: QuantizedWeight, scaling: Scaling
 ) -> list[Launch]:
-    """Return the launches that quantise a weight: blockwise one, rowwise one per layout.
+    """Return the launches that quantise a weight: one, or rowwise one per layout.
 
     Args:
         w_EMK: (E, M, K) bfloat16, float16 or float32, contiguous.
         out: what to fill.
-        block: side of the square that shares a scale; None is one scale per row of values that
-            are contracted over.
+        scaling: which values share a scale.
     """
-    if block is not None:
+    if scaling == "blockwise":
         return [_squares_launch(w_EMK, out)]
-    forward = [] if out.forward is None else [_rows_launch(w_EMK, out.forward, None)]
+    if scaling == "mxfp8":
+        return [mx_weight_launch(w_EMK, out)]
+    forward = [] if out.forward is None else [_rows_launch(w_EMK, out.forward, scaling)]
     return forward if out.backward is None else [*forward, _columns_launch(w_EMK, out.backward)]
 
 

@@ -7,11 +7,11 @@ from functools import partial
 import torch
 
 from monkey_patch.kernels.scatter_moe.quantize import (
-    BLOCK,
     HiddenGradient,
     Quantized,
     QuantizedRows,
     QuantizedWeight,
+    Scaling,
 )
 from monkey_patch.kernels.scatter_moe.routing import Routing
 from monkey_patch.kernels.scatter_moe.triton.activation_gradient import num_partials
@@ -29,7 +29,7 @@ from monkey_patch.kernels.scatter_moe.triton.fp8.quantize import (
 )
 from monkey_patch.kernels.scatter_moe.triton.fp8.up import fp8_up_launch, quantizes_act
 from monkey_patch.kernels.scatter_moe.triton.stages import TritonStages, sort_by_expert
-from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles
+from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, architecture_of, choose_tiles
 from monkey_patch.kernels.scatter_moe.triton.warm_up import warm_up
 
 
@@ -39,7 +39,7 @@ class TritonFp8Stages:
     What multiplies no weight is done by the stages without FP8.
     """
 
-    block: int | None = BLOCK
+    scaling: Scaling = "blockwise"
     sort_by_expert = staticmethod(sort_by_expert)
     warm_up = staticmethod(partial(warm_up, fp8="blockwise"))
 
@@ -53,22 +53,23 @@ class TritonFp8Stages:
 
     def tiles(self, stage: str, operand: torch.Tensor) -> Tiles:
         """Choose the cut of a stage."""
-        return self.full.tiles(stage, operand)
+        rows = len(self.routing.slot_of_row) // (len(self.routing.offsets) - 1)
+        return choose_tiles(stage, architecture_of(operand), operand.dtype, rows, self.scaling)
 
     def quantize_weight(
         self, weight_EMK: torch.Tensor, *, forward: bool, backward: bool
     ) -> QuantizedWeight:
         """Quantise a weight for `up` or `down` (forward), for a gradient (backward), or both."""
         weight_EMK = weight_EMK.contiguous()
-        out = new_quantized_weight(weight_EMK, self.block, forward=forward, backward=backward)
-        for launch in quantize_weight_launches(weight_EMK, out, self.block):
+        out = new_quantized_weight(weight_EMK, self.scaling, forward=forward, backward=backward)
+        for launch in quantize_weight_launches(weight_EMK, out, self.scaling):
             launch.run()
         return out
 
     def quantize_rows(self, rows_MK: torch.Tensor) -> QuantizedRows:
         """Quantise rows along the contraction."""
-        out = new_quantized_rows(rows_MK.shape, rows_MK, self.block)
-        quantize_rows_launch(rows_MK, out, self.block).run()
+        out = new_quantized_rows(rows_MK.shape, rows_MK, self.scaling)
+        quantize_rows_launch(rows_MK, out, self.scaling).run()
         return out
 
     def up(
@@ -79,17 +80,17 @@ class TritonFp8Stages:
         tiles = self.tiles("up", x.values)
         assert gate_up_proj.forward is not None
         rows, both = len(self.routing.slot_of_row), gate_up_proj.forward.values.shape[1]
-        is_fused = quantizes_act(both // 2, tiles, blockwise=self.block is not None)
+        is_fused = quantizes_act(both // 2, tiles, self.scaling)
         hidden_N2F = x_TD.new_empty(rows, both) if hidden else None
         act_NF = None
         if act and is_fused:
-            act_NF = new_quantized_rows((rows, both // 2), x_TD, self.block)
+            act_NF = new_quantized_rows((rows, both // 2), x_TD, self.scaling)
         elif act:
             act_NF = x_TD.new_empty(rows, both // 2)
         fp8_up_launch(
             x, gate_up_proj.forward, hidden_N2F, act_NF,
             self.routing.slot_of_row, self.row_tiles.map(tiles.block_m), self.top_k, tiles,
-            blockwise=self.block is not None,
+            scaling=self.scaling,
         ).run()  # fmt: skip
         if isinstance(act_NF, torch.Tensor):
             act_NF = self.quantize_rows(act_NF)
@@ -125,10 +126,10 @@ class TritonFp8Stages:
         (rows, both), routing = hidden_N2F.shape, self.routing
         d_out = self.quantize_rows(d_out_TD)
         tiles = self.tiles("activation_gradient", d_out.values)
-        is_fused = quantizes_d_hidden(both // 2, tiles, blockwise=self.block is not None)
+        is_fused = quantizes_d_hidden(both // 2, tiles, self.scaling)
         d_hidden_N2F = hidden_N2F if overwrite else torch.empty_like(hidden_N2F)
         quantized = (
-            new_quantized_rows(hidden_N2F.shape, hidden_N2F, self.block) if is_fused else None
+            new_quantized_rows(hidden_N2F.shape, hidden_N2F, self.scaling) if is_fused else None
         )
         scaled_act_NF = hidden_N2F.new_empty(rows, both // 2) if act else None
         partials = num_partials(both // 2, tiles), rows
@@ -136,7 +137,7 @@ class TritonFp8Stages:
         fp8_activation_gradient_launch(
             d_out, down_proj.backward, hidden_N2F, weights_TK, d_hidden_N2F, quantized,
             scaled_act_NF, partial_PN, routing.slot_of_row, self.row_tiles.map(tiles.block_m),
-            tiles, blockwise=self.block is not None,
+            tiles, scaling=self.scaling,
         ).run()  # fmt: skip
         d_weights_TK = torch.empty_like(weights_TK)
         routing_gradient_launch(partial_PN, routing.row_of_slot, d_weights_TK).run()
@@ -158,7 +159,7 @@ class TritonFp8Stages:
         )
         fp8_product_launch(
             rows, weight_EMK, out_NM, self.row_tiles.map(tiles.block_m), tiles,
-            blockwise=self.block is not None,
+            scaling=self.scaling,
         ).run()  # fmt: skip
         return out_NM
 
@@ -166,5 +167,19 @@ class TritonFp8Stages:
 class TritonRowwiseFp8Stages(TritonFp8Stages):
     """The same with one scale per row: act and d_hidden are quantised in a pass of their own."""
 
-    block = None
+    scaling = "rowwise"
     warm_up = staticmethod(partial(warm_up, fp8="rowwise"))
+
+
+class TritonMxFp8Stages(TritonFp8Stages):
+    """The same with a power of two for every 32 neighbours along a contraction."""
+
+    scaling = "mxfp8"
+    warm_up = staticmethod(partial(warm_up, fp8="mxfp8"))
+
+
+BY_SCALING = {
+    "blockwise": TritonFp8Stages,
+    "rowwise": TritonRowwiseFp8Stages,
+    "mxfp8": TritonMxFp8Stages,
+}

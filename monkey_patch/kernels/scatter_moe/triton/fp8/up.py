@@ -6,19 +6,28 @@ them, and with a whole tile of it at a time a thread has too few on sm_90.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from monkey_patch.kernels.launch import Launch, cdiv
-from monkey_patch.kernels.scatter_moe.quantize import Quantized, QuantizedRows
-from monkey_patch.kernels.scatter_moe.triton.fp8.epilogue import halves, store_quantized, whole
+from monkey_patch.kernels.scatter_moe.quantize import Quantized, QuantizedRows, Scaling
+from monkey_patch.kernels.scatter_moe.triton.fp8.epilogue import (
+    halves,
+    store_block,
+    store_blocks,
+    whole,
+)
 from monkey_patch.kernels.scatter_moe.triton.fp8.scaling import (
     add_product,
+    as_pointer,
+    epilogue_columns,
     finish_product,
     fit,
-    is_one_block,
+    is_whole_blocks,
     scaling_arguments,
     weight_scales,
 )
@@ -45,7 +54,7 @@ def _fp8_up_kernel(
     STORE_HIDDEN: tl.constexpr,
     STORE_ACT: tl.constexpr,
     QUANTIZE_ACT: tl.constexpr,
-    BLOCKWISE: tl.constexpr,
+    SCALING: tl.constexpr,
     TALL: tl.constexpr,
     SCALES: tl.constexpr,
     ONE_SCALE: tl.constexpr,
@@ -69,19 +78,21 @@ def _fp8_up_kernel(
         token = (slot // TOP_K).to(tl.int64)[:, None]
         gate0, gate1, up0, up1 = _gate_and_up(
             x_ptr, x_scales_ptr, weight, weights_scales_ptr, expert, token, is_row, column,
-            D, F, BLOCKWISE, TALL, SCALES, ONE_SCALE, TMA, BLOCK_N, BLOCK_K,
+            D, F, SCALING, TALL, SCALES, ONE_SCALE, TMA, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         act0 = _swiglu(
             gate0, up0, hidden_ptr, act_ptr, rows, is_row, column,
-            F, STORE_HIDDEN, STORE_ACT and not QUANTIZE_ACT, EPILOGUE_N,
+            act_scales_ptr, F, STORE_HIDDEN, STORE_ACT and not QUANTIZE_ACT,
+            QUANTIZE_ACT and SCALING != "blockwise", EPILOGUE_N,
         )  # fmt: skip
         act1 = _swiglu(
             gate1, up1, hidden_ptr, act_ptr, rows, is_row, column + HALF,
-            F, STORE_HIDDEN, STORE_ACT and not QUANTIZE_ACT, EPILOGUE_N,
+            act_scales_ptr, F, STORE_HIDDEN, STORE_ACT and not QUANTIZE_ACT,
+            QUANTIZE_ACT and SCALING != "blockwise", EPILOGUE_N,
         )  # fmt: skip
-        if QUANTIZE_ACT:
+        if QUANTIZE_ACT and SCALING == "blockwise":
             act = whole(act0, act1)
-            store_quantized(act, rows, is_row, column, act_ptr, act_scales_ptr, F, EPILOGUE_N)
+            store_block(act, rows, is_row, column, act_ptr, act_scales_ptr, F, EPILOGUE_N)
 
 
 @triton.jit
@@ -96,7 +107,7 @@ def _gate_and_up(
     column,
     D: tl.constexpr,
     F: tl.constexpr,
-    BLOCKWISE: tl.constexpr,
+    SCALING: tl.constexpr,
     TALL: tl.constexpr,
     SCALES: tl.constexpr,
     ONE_SCALE: tl.constexpr,
@@ -121,17 +132,17 @@ def _gate_and_up(
     for k in range(0, D, BLOCK_K):
         x = load_gathered(x_ptrs, k, is_row[:, None], D, BLOCK_K)
         w = _load_weight(weight, expert, 0, column, k, D, F, HALF, BLOCK_K, TMA)
-        gate0 = add_product(gate0, x, w, x_scale, gate0_scale, k, BLOCKWISE)
+        gate0 = add_product(gate0, x, w, x_scale, gate0_scale, k, SCALES, SCALING, BLOCK_K)
         w = _load_weight(weight, expert, 0, column + HALF, k, D, F, HALF, BLOCK_K, TMA)
-        gate1 = add_product(gate1, x, w, x_scale, gate1_scale, k, BLOCKWISE)
+        gate1 = add_product(gate1, x, w, x_scale, gate1_scale, k, SCALES, SCALING, BLOCK_K)
         w = _load_weight(weight, expert, 1, column, k, D, F, HALF, BLOCK_K, TMA)
-        up0 = add_product(up0, x, w, x_scale, up0_scale, k, BLOCKWISE)
+        up0 = add_product(up0, x, w, x_scale, up0_scale, k, SCALES, SCALING, BLOCK_K)
         w = _load_weight(weight, expert, 1, column + HALF, k, D, F, HALF, BLOCK_K, TMA)
-        up1 = add_product(up1, x, w, x_scale, up1_scale, k, BLOCKWISE)
-    gate0 = finish_product(gate0, x_scale, gate0_scale, BLOCKWISE)
-    gate1 = finish_product(gate1, x_scale, gate1_scale, BLOCKWISE)
-    up0 = finish_product(up0, x_scale, up0_scale, BLOCKWISE)
-    up1 = finish_product(up1, x_scale, up1_scale, BLOCKWISE)
+        up1 = add_product(up1, x, w, x_scale, up1_scale, k, SCALES, SCALING, BLOCK_K)
+    gate0 = finish_product(gate0, x_scale, gate0_scale, SCALING)
+    gate1 = finish_product(gate1, x_scale, gate1_scale, SCALING)
+    up0 = finish_product(up0, x_scale, up0_scale, SCALING)
+    up1 = finish_product(up1, x_scale, up1_scale, SCALING)
     return gate0, gate1, up0, up1
 
 
@@ -168,39 +179,46 @@ def _swiglu(
     rows,
     is_row,
     first_column,
+    act_scales_ptr,
     F: tl.constexpr,
     STORE_HIDDEN: tl.constexpr,
     STORE_ACT: tl.constexpr,
+    QUANTIZE_ACT: tl.constexpr,
     EPILOGUE_N: tl.constexpr,
 ):
-    """Store what is wanted; return silu(gate) * up as rounded, 0 where the weight has no rows."""
+    """Store what is wanted; return silu(gate) * up as rounded, 0 where the weight has no rows.
+
+    With QUANTIZE_ACT act is stored in blocks of 32.
+    """
     if gate.shape[1] > EPILOGUE_N:
         gate0, gate1 = halves(gate)
         up0, up1 = halves(up)
         left = _swiglu(
             gate0, up0, hidden_ptr, act_ptr, rows, is_row, first_column,
-            F, STORE_HIDDEN, STORE_ACT, EPILOGUE_N,
+            act_scales_ptr, F, STORE_HIDDEN, STORE_ACT, QUANTIZE_ACT, EPILOGUE_N,
         )  # fmt: skip
         right = _swiglu(
             gate1, up1, hidden_ptr, act_ptr, rows, is_row, first_column + gate0.shape[1],
-            F, STORE_HIDDEN, STORE_ACT, EPILOGUE_N,
+            act_scales_ptr, F, STORE_HIDDEN, STORE_ACT, QUANTIZE_ACT, EPILOGUE_N,
         )  # fmt: skip
         act = whole(left, right)
     else:
         columns = first_column + tl.arange(0, gate.shape[1])[None, :]
         mask = is_row[:, None] & (columns < F)
-        rows = rows.to(tl.int64)[:, None]
+        places = rows.to(tl.int64)[:, None]
         # The backward pass computes act again from the stored hidden: round before, not after.
         gate = gate.to(hidden_ptr.dtype.element_ty)
         up = up.to(hidden_ptr.dtype.element_ty)
         if STORE_HIDDEN:
-            hidden_ptrs = hidden_ptr + rows * (2 * F) + columns
+            hidden_ptrs = hidden_ptr + places * (2 * F) + columns
             tl.store(hidden_ptrs, gate, mask=mask)
             tl.store(hidden_ptrs + F, up, mask=mask)
         gate = gate.to(tl.float32)
         act = (gate * tl.sigmoid(gate) * up.to(tl.float32)).to(hidden_ptr.dtype.element_ty)
         if STORE_ACT:
-            tl.store(act_ptr + rows * F + columns, act, mask=mask)
+            tl.store(act_ptr + places * F + columns, act, mask=mask)
+        if QUANTIZE_ACT:
+            store_blocks(act, rows, is_row, first_column, act_ptr, act_scales_ptr, F)
     return act
 
 
@@ -214,7 +232,7 @@ def fp8_up_launch(
     top_k: int,
     tiles: Tiles,
     *,
-    blockwise: bool,
+    scaling: Scaling,
 ) -> Launch:
     """Return the launch that fills `hidden_N2F` and `act`; None leaves one out.
 
@@ -227,7 +245,7 @@ def fp8_up_launch(
         row_tiles: map for `tiles.block_m`.
         top_k: K.
         tiles: the cut.
-        blockwise: the scaling, else rowwise.
+        scaling: of the operands.
     """
     num_experts, both, depth = gate_up_proj.values.shape
     width = both // 2
@@ -246,12 +264,12 @@ def fp8_up_launch(
         num_row_tiles * cdiv(width, tiles.block_n),
         {
             "x_ptr": x.values,
-            "x_scales_ptr": x.scales,
+            "x_scales_ptr": as_pointer(x.scales),
             "weight": weight,
-            "weights_scales_ptr": gate_up_proj.scales,
+            "weights_scales_ptr": as_pointer(gate_up_proj.scales),
             "hidden_ptr": like,
             "act_ptr": like if act_NF is None else act_NF,
-            "act_scales_ptr": act_scales,
+            "act_scales_ptr": as_pointer(act_scales),
             "slot_of_row_ptr": slot_of_row,
             "tiles_ptr": row_tiles,
             "num_row_tiles": num_row_tiles,
@@ -262,14 +280,20 @@ def fp8_up_launch(
             "STORE_HIDDEN": hidden_N2F is not None,
             "STORE_ACT": act is not None,
             "QUANTIZE_ACT": isinstance(act, QuantizedRows),
-            **scaling_arguments(tiles, depth, width, blockwise=blockwise, tma=tma),
-            "EPILOGUE_N": tiles.epilogue_n,
+            **scaling_arguments(tiles, x.values, width, scaling=scaling, tma=tma),
+            "EPILOGUE_N": epilogue_columns(tiles, scaling),
         },
         tiles.num_warps,
         tiles.num_stages,
     )
 
 
-def quantizes_act(width: int, tiles: Tiles, *, blockwise: bool) -> bool:
-    """Tell whether a tile of the stage holds whole blocks of act for F = `width`."""
-    return blockwise and is_one_block(tiles.fit(width, width), width)
+def quantizes_act(width: int, tiles: Tiles, scaling: Scaling) -> bool:
+    """Tell whether a tile of the stage holds whole blocks of act for F = `width`.
+
+    Blockwise the two halves of a tile are put together, in mxfp8 each is stored by itself.
+    """
+    tiles = tiles.fit(width, width)
+    if scaling == "mxfp8":
+        tiles = replace(tiles, block_n=tiles.block_n // 2)
+    return is_whole_blocks(tiles, width, scaling)
