@@ -1,11 +1,14 @@
 # Aliases only; each target is the command that README.md and CONTRIBUTING.md explain.
-.PHONY: setup test network lint demo
+.PHONY: setup test faults network lint demo
 
 setup: # makes .venv with the tested versions and the developers' tools
 	bash -euo pipefail -c 'source ./environment.sh; use_environment dev'
 
 test:
 	bash tests/run.sh
+
+faults: # kills, stops and starves training processes; needs root
+	bash tests/run.sh -m faults
 
 network: # two nodes in two network namespaces; needs root
 	bash tests/run.sh -m network

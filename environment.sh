@@ -15,7 +15,7 @@ _say() { printf '%s\n' "[qwen3-sft] $*" >&2; }
 
 _installed() { # PYTHON [EXTRA]: is this clone's package there, and what the extra needs?
   local needed=""
-  [ "${2:-}" = dev ] && needed="pytest xdist pyrefly deepspeed"
+  [ "${2:-}" = dev ] && needed="pytest xdist pyrefly deepspeed tensorboardX"
   # -I: the current folder must not count as installed.
   "$1" -I - "$QWEN3_SFT_HOME" "$needed" 2>/dev/null <<'PYTHON'
 import importlib.util, pathlib, sys

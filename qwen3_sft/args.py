@@ -13,6 +13,8 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from qwen3_sft.refused_options import REFUSED
+
 # Values of --experts_implementation that are patches of ours; the others are transformers' own.
 EXPERT_PATCHES = ("scatter_moe", "scatter_moe_recompute")
 
@@ -197,6 +199,17 @@ class TrainArguments(TrainingArguments):
             "help": "auto: newest verified checkpoint; never: refuse a used folder; or a path"
         },
     )
+    allow_change: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "what may differ from the checkpoint's run: global_batch_size, data, template, "
+            "tokenizer, max_length, packing, eval_fraction, seed"
+        },
+    )
+    trust_checkpoint: bool = field(
+        default=False,
+        metadata={"help": "load a checkpoint that may run code; only if you know who wrote it"},
+    )
     report_to: list[str] = field(  # type: ignore[bad-override-mutable-attribute]
         default_factory=lambda: ["none"],
         metadata={"help": "wandb, tensorboard, mlflow, trackio, ... or none"},
@@ -253,6 +266,20 @@ class TrainArguments(TrainingArguments):
     torch_compile: bool = field(
         default=False, metadata={"help": "compile each decoder layer, not the model as a whole"}
     )
+    dist_timeout_s: int = field(
+        default=1800,
+        metadata={
+            "help": "seconds after which a collective gives up on a node or network that was lost; "
+            "a rank that died, failed or was stopped ends the run within a minute"
+        },
+    )
+    stop_after_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "end after this many steps from where the run starts, without saving or "
+            "exporting (qwen3-sft resume --verify)"
+        },
+    )
     dry_run: bool = field(
         default=False, metadata={"help": "print command, patches and memory, then stop"}
     )
@@ -272,27 +299,5 @@ class TrainArguments(TrainingArguments):
         self.checkpointing = self.activation_checkpointing
         self.activation_checkpointing = False  # type: ignore[bad-assignment]
         self.compiles_layers, self.torch_compile = self.torch_compile, False
+        self.ddp_timeout = self.dist_timeout_s
         super().__post_init__()
-
-
-_OFF: tuple[object, ...] = (False, None, "", 0, 0.0)
-# option -> (values that are fine, why the others are not)
-REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
-    "use_liger_kernel": (_OFF, "Liger is applied while loading; set --use_liger instead"),
-    "label_smoothing_factor": (_OFF, "would need the full logits; not supported"),
-    "auto_find_batch_size": (_OFF, "a row is max_length tokens; lower --max_length instead"),
-    "dataloader_persistent_workers": (_OFF, "workers must see each epoch's packing; leave it off"),
-    "dataloader_drop_last": (_OFF, "the packing already fills the last step; leave it off"),
-    "remove_unused_columns": ((False,), "the model needs every field of the batch; leave it off"),
-    "logging_nan_inf_filter": ((False,), "would hide non-finite losses; leave it off"),
-    "enable_jit_checkpoint": (_OFF, "not exact with dropout; not supported"),
-    "resume_from_checkpoint": (_OFF, "set --resume PATH instead"),
-    "train_sampling_strategy": (("random",), "packing balances the rows; leave it at random"),
-    "gradient_checkpointing": (_OFF, "set --activation_checkpointing full or selective instead"),
-    "gradient_checkpointing_kwargs": (_OFF, "set --activation_checkpointing instead"),
-    "activation_checkpointing_kwargs": (_OFF, "see --activation_checkpointing and _offload"),
-    "torch_compile_backend": (_OFF, "layers are compiled by inductor; leave it out"),
-    "torch_compile_mode": (_OFF, "not supported; leave it out"),
-    "fsdp": (("", None, False, []), "launch with --config_file config/fsdp.json instead"),
-    "deepspeed": (_OFF, "launch with --config_file config/zero3.json or config/zero2.json instead"),
-}  # fmt: skip

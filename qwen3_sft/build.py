@@ -34,9 +34,10 @@ from qwen3_sft.packing import PackedDataset
 from qwen3_sft.plan import RunPlan
 from qwen3_sft.plan_check import PlanCheck
 from qwen3_sft.recipe import UsageError
+from qwen3_sft.reporters import guard_reporters
 from qwen3_sft.run_folder import RunFolder, versions
 from qwen3_sft.trainer import SftTrainer
-from qwen3_sft.trainer_checkpoint import rows_per_step
+from qwen3_sft.trainer_saving import rows_per_step
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def build_trainer(
     folder: RunFolder,
     checkpoint: Path | None,
     plan: RunPlan,
+    identity: dict[str, Any],
 ) -> SftTrainer:
     """Return the trainer of one run, its datasets packed for this world size.
 
@@ -64,6 +66,7 @@ def build_trainer(
         folder: where metrics and samples go.
         checkpoint: what the run resumes from, None for a fresh start.
         plan: what spreads the run over processes, and which layers compute again.
+        identity: what the run's checkpoints say of its data and schedule.
 
     Raises:
         UsageError: accelerate did not switch the engine on.
@@ -90,12 +93,13 @@ def build_trainer(
         router_statistics=statistics,
         peak_flops=_peak_flops(args, model),
         metrics_file=StepLines(folder.metrics, resume_step) if first else None,
-        run_facts={"data_key": train_tokens.folder.name, "versions": versions()},
+        run_facts={"identity": identity, "versions": versions()},
         engine=engine,
     )
     _check_engine(trainer, engine)
     _shape_layers(trainer, plan)
     trainer.remove_callback(PrinterCallback)
+    guard_reporters(trainer.callback_handler.callbacks)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, CompletionCallback | StartCallback | PlanCheck):
             callback.trainer = trainer
@@ -160,6 +164,8 @@ def _callbacks(
             partial(folder.write_json, "plan_check.json"),
         ),
     ]  # fmt: skip
+    if args.stop_after_steps is not None:
+        callbacks.append(StopAfter(args.stop_after_steps))
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
     first = args.process_index == 0
@@ -254,6 +260,24 @@ class EpochCallback(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Draw the epoch's packing before its first row is read."""
         self.rows.set_epoch(int(state.epoch or 0))
+
+
+class StopAfter(TrainerCallback):
+    """End training some steps after its start, with their record and without a checkpoint."""
+
+    def __init__(self, steps: int) -> None:
+        """Remember how many."""
+        self.steps, self._last = steps, 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Count from the step that the run starts at."""
+        self._last = state.global_step + self.steps
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Stop."""
+        if state.global_step >= self._last:
+            control.should_training_stop = control.should_log = True
+            control.should_save = control.should_evaluate = False
 
 
 def _peak_flops(args: TrainArguments, model: PreTrainedModel) -> float | None:

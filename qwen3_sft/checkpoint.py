@@ -10,96 +10,52 @@ conversion as `from_pretrained` and refuses any missing or unexpected weight.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qwen3_sft.held_state import model_tensors, optimizer_tensors, plain_tensors
+from qwen3_sft.manifest import CheckpointError, verify
 from qwen3_sft.model import load_strict
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+STAGING = ".saving"
+
 _NAME = re.compile(r"checkpoint-(\d+)")
-_LAYOUTS = {
-    "whole": "one process or DDP",
-    "dtensor": "FSDP2 (--fsdp_size or config/fsdp.json)",
-    "zero": "DeepSpeed ZeRO",
-}
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is incomplete, damaged or does not fit; the message names the file."""
-
-
-def seal(folder: Path, **facts: Any) -> None:
-    """Write the manifest: `files` with size and xxh3 hash, plus `facts`; then flush it to disk."""
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3": _hash(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({**facts, "files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint whose files are all there and unchanged.
-
-    Raises:
-        CheckpointError: naming the first file that is missing, short or altered.
-    """
-    manifest = read_manifest(folder)
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(
-                f"{path}: {path.stat().st_size} bytes, the manifest says {expected['bytes']}"
-            )
-        if _hash(path) != expected["xxh3"]:
-            raise CheckpointError(f"{path}: content differs from what was saved")
-    return manifest
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest without looking at the files that it lists.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    manifest_file = folder / MANIFEST
-    if not manifest_file.is_file():
-        raise CheckpointError(f"{folder}: no {MANIFEST}; the save did not finish")
-    return json.loads(manifest_file.read_text(encoding="utf-8"))
+# Folders on their way out; the rest of their name is the one they had.
+_REPLACED, _REMOVED = ".replaced-", ".removed-"
+_SLICE = 1 << 26  # elements of a float8 tensor that are looked at together
 
 
 def newest_verified(output_dir: Path) -> tuple[Path | None, list[str]]:
     """Return the newest whole checkpoint and why newer ones were passed over."""
-    folders = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and _NAME.fullmatch(p.name)]
+    _put_back(output_dir)
     passed_over = []
-    for folder in sorted(folders, key=step_of, reverse=True):
+    for folder in reversed(checkpoints(output_dir)):
         logger.info("verifying %s", folder)
         try:
             verify(folder)
-        except (CheckpointError, json.JSONDecodeError, KeyError) as error:
+        except CheckpointError as error:
             passed_over.append(str(error))
         else:
             return folder, passed_over
     return None, passed_over
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Return the folders named checkpoint-N, whole or not, by step."""
+    folders = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and _NAME.fullmatch(p.name)]
+    return sorted(folders, key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -111,13 +67,56 @@ def step_of(folder: Path) -> int:
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Move a sealed folder to its final name in one step; an unsealed namesake is replaced."""
-    if final.exists():
-        shutil.rmtree(final)
-    for path in staged.rglob("*"):
+    """Give a sealed folder its final name; one that has it already is removed afterwards.
+
+    Whoever is killed in between leaves the old folder or the new one: the old one is renamed, and
+    if the new one did not come, `newest_verified` and the next save put it back.
+    """
+    replaced = final.with_name(_REPLACED + final.name)
+    for path in (*staged.rglob("*"), staged):
         _sync(path)
-    staged.rename(final)
+    if final.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        os.rename(final, replaced)
+    os.rename(staged, final)
     _sync(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; one that is removed by half does not look like one.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    removed = folder.with_name(_REMOVED + folder.name)
+    if removed.exists():
+        shutil.rmtree(removed)
+    os.rename(folder, removed)
+    shutil.rmtree(removed)
+
+
+def clear_leftovers(output_dir: Path) -> None:
+    """Remove what saves and removals have left that were killed.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    _put_back(output_dir)
+    for pattern in (STAGING, f"{_REPLACED}*", f"{_REMOVED}*"):
+        for path in list(output_dir.glob(pattern)):
+            shutil.rmtree(path)
+
+
+def _put_back(output_dir: Path) -> None:
+    """Finish what `publish` did not: between its renames nothing has the final name."""
+    for replaced in list(output_dir.glob(f"{_REPLACED}*")):
+        final = output_dir / replaced.name.removeprefix(_REPLACED)
+        if not final.exists():
+            logger.warning("%s was being replaced when the run ended; it is put back", final)
+            os.rename(replaced, final)
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -147,81 +146,62 @@ def load_whole_state(model: PreTrainedModel, saved: dict[str, Tensor], folder: P
     model.load_state_dict(saved, strict=True)
 
 
-def refuse_non_finite(model: torch.nn.Module, step: int) -> None:
-    """Raise on all ranks before a NaN or Inf weight can replace a good checkpoint.
-
-    Raises:
-        CheckpointError: naming the first such parameter.
-    """
-    parts = {name: local_part(p) for name, p in model.named_parameters()}
-    is_finite = torch.stack([torch.isfinite(part).all() for part in parts.values()]).int()
-    if dist.is_initialized():
-        dist.all_reduce(is_finite, op=dist.ReduceOp.MIN)
-    if not is_finite.all():
-        bad = list(parts)[int(is_finite.argmin())]
-        raise CheckpointError(f"step {step}: {bad} holds NaN or Inf; no checkpoint was written")
-
-
-def local_part(parameter: Tensor) -> Tensor:
-    """Return what this process holds of a parameter: its shard of a DTensor or ZeRO-3's, or all."""
-    if isinstance(parameter, DTensor):
-        return parameter.to_local()
-    return getattr(parameter, "ds_tensor", parameter)  # DeepSpeed's name for its partition
-
-
-def check_resumable(
-    manifest: dict[str, Any],
-    layout: str,
-    world_size: int,
-    folder: Path,
-    rows_per_step: int | None = None,
+def refuse_non_finite(
+    model: nn.Module, step: int, optimizer: Any = None, device: torch.device | str = "cpu"
 ) -> None:
-    """Refuse a checkpoint that this run cannot read, or that it would not go on from.
+    """Raise on all ranks before a NaN or Inf can replace a good checkpoint; collective.
+
+    One pass over parameters, buffers and optimizer states, without a temporary of their size, and
+    one question to the device.
 
     Args:
-        manifest: of the checkpoint.
-        layout: how this run's weights lie.
-        world_size: its processes.
-        folder: the checkpoint, for the message.
-        rows_per_step: packed rows of its steps. The position in the data and in the learning rate
-            schedule is counted in steps. None does not look.
+        model: unwrapped, held by any engine.
+        step: for the message.
+        optimizer: None if it is not saved.
+        device: of the process group's collectives.
 
     Raises:
-        CheckpointError: saying what it was written with and what to launch instead.
+        CheckpointError: naming the first such tensor, and the rank if there are several.
     """
-    anew = "export it (qwen3-sft export) and start a new run from the export"
-    saved_layout = manifest.get("layout", "whole")
-    if saved_layout != layout:
+    held = [*model_tensors(model)]
+    if optimizer is not None:
+        held += optimizer_tensors(model, optimizer)
+    names, flags = defaultdict[torch.device, list[str]](list), defaultdict(list)
+    for name, tensor in held:
+        for part in plain_tensors(tensor):
+            if part.is_floating_point() and part.numel():
+                names[part.device].append(name)
+                flags[part.device].append(_is_finite(part))
+    found = {place: torch.stack(flags[place]) for place in flags}
+    is_finite = torch.ones((), dtype=torch.int32, device=device)
+    for flag in found.values():
+        is_finite *= flag.all().to(device)
+    if dist.is_initialized():
+        dist.all_reduce(is_finite, op=dist.ReduceOp.MIN)
+    if not is_finite:
+        bad = [names[place][int(i)] for place in found for i in (~found[place]).nonzero()]
         raise CheckpointError(
-            f"{folder} was saved under {_LAYOUTS[saved_layout]}, this run uses {_LAYOUTS[layout]}: "
-            f"launch as before, or {anew}"
-        )
-    if manifest.get("save_only_model", False):
-        raise CheckpointError(
-            f"{folder} was saved with --save_only_model true and holds no optimizer: {anew}, or "
-            "set --resume to an older checkpoint that holds one"
-        )
-    if layout == "zero" and manifest["world_size"] != world_size:
-        raise CheckpointError(
-            f"{folder} was saved by {manifest['world_size']} processes, there are {world_size}: a "
-            "DeepSpeed checkpoint keeps its number; launch as many, or use --fsdp_size, whose "
-            "checkpoints load on any"
-        )
-    saved_rows = manifest.get("rows_per_step", rows_per_step)
-    if rows_per_step is not None and saved_rows != rows_per_step:
-        raise CheckpointError(
-            f"{folder} was saved after steps of {saved_rows} rows, this run's have "
-            f"{rows_per_step}: some rows would be trained twice or never. Set --global_batch_size "
-            f"{saved_rows}, or {anew}"
+            f"step {step}: {_first(bad)} holds NaN or Inf; no checkpoint was written"
         )
 
 
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def _is_finite(part: Tensor) -> Tensor:
+    """Return a 0-dim bool: the least and the greatest element are NaN if any is."""
+    slices = [part]
+    if part.element_size() == 1:  # torch has no minimum of float8
+        slices = [piece.bfloat16() for piece in part.flatten().split(_SLICE)]
+    extremes = torch.stack([torch.stack(torch.aminmax(piece)) for piece in slices])
+    return extremes.isfinite().all()
+
+
+def _first(bad: list[str]) -> str:
+    """Return the first name of all ranks' lists; collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return bad[0]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, bad[:1])
+    rank = next(rank for rank, names in enumerate(every) if names)
+    return f"rank {rank}: {every[rank][0]}"
 
 
 def _sync(path: Path) -> None:

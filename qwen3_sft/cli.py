@@ -15,11 +15,14 @@ USAGE = """usage: qwen3-sft COMMAND ...
 
   train [--config RECIPE] [--option value ...]   fine-tune; without options the embedded demo
   train --help                                   every option
+  resume RUN [--option value ...]                go on with a run from its config.yaml
+  resume RUN --verify                            prove that it could: repeat a recorded step
   plan RECIPE [--gpus 8xH200] [--format text|json] [--option value ...]
                                                  memory, verdict and expected speed, without a GPU
   data inspect --dataset F --model_name_or_path M [-n N] [--format text|json] [--option value ...]
                                                  samples with the trained text marked
-  export CHECKPOINT FOLDER [--dtype DTYPE]       a checkpoint of a run as a hub model, verified
+  export CHECKPOINT FOLDER [--dtype DTYPE] [--trust_checkpoint true]
+                                                 a checkpoint of a run as a hub model, verified
 """
 
 
@@ -31,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
             from qwen3_sft.launch import launch
 
             return launch(rest) if not {"-h", "--help"} & set(rest) else _train_help()
+        case ["resume", *rest]:
+            return _resume(rest)
         case ["plan", *rest]:
             return _plan(rest)
         case ["data", "inspect", *rest]:
@@ -50,6 +55,19 @@ def _train_help() -> int:
 
     print(help_text(), end="")
     return 0
+
+
+def _resume(argv: list[str]) -> int:
+    """Go on with a run, or prove that one could."""
+    from qwen3_sft.manifest import CheckpointError
+    from qwen3_sft.recipe import UsageError
+    from qwen3_sft.resume_command import resume_command
+
+    try:
+        return resume_command(argv)
+    except (UsageError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
 
 
 def _plan(argv: list[str]) -> int:
@@ -111,6 +129,10 @@ def _export(argv: list[str]) -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--trust_checkpoint", nargs="?", const="true", default="false", choices=("true", "false"),
+        help="load it although that might run code; only if you know who wrote it",
+    )  # fmt: skip
     own = parser.parse_args(argv)
 
     import torch
@@ -122,7 +144,7 @@ def _export(argv: list[str]) -> int:
     from qwen3_sft.whole_checkpoint import load_checkpoint
 
     try:
-        model = load_checkpoint(own.checkpoint)
+        model = load_checkpoint(own.checkpoint, trusted=own.trust_checkpoint == "true")
         export_model(model, own.checkpoint, own.folder, getattr(torch, own.dtype))
     except (CheckpointError, ModelError, ExportError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -54,7 +54,7 @@ def export_model(
     beside its own part of the model. The check is a process on the CPU with one copy of the model.
     It may take longer than the process group's timeout, so rank 0 takes part in a small broadcast
     every minute: the others wait for as long as rank 0 lives, and no longer than that timeout
-    (`--ddp_timeout`) after its last sign of life.
+    (`--dist_timeout_s`) after its last sign of life.
 
     Args:
         model: the trained model, unwrapped; its parameters stay as they are.

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from qwen3_sft.full_tensors import full_tensors
+from qwen3_sft.hashed_files import Ledger
 from qwen3_sft.rank_zero import RankZero
+from qwen3_sft.safetensors_file import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -28,22 +29,27 @@ INDEX = "model.safetensors.index.json"
 
 
 def write_hub_model(
-    model: Any, folder: Path, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES
+    model: Any,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    ledger: Ledger | None = None,
 ) -> None:
     """Write the weights of `model`, and nothing but these, to `folder`; collective.
 
     Args:
         model: unwrapped, held by any engine.
         folder: made if it does not exist; on rank 0 only.
-        dtype: of the written floating-point tensors.
+        dtype: of the written floating-point tensors; None leaves them as they are.
         max_shard_bytes: of the tensors in one file.
+        ledger: of the save that this is a part of. It keeps what the disk refuses.
 
     Raises:
         OSError: on every rank; rank 0 could not write.
     """
     rank0 = RankZero(folder, raises=OSError)
     rank0.do(lambda: folder.mkdir(parents=True, exist_ok=True))
-    writer = HubWriter(model, folder, dtype, max_shard_bytes)
+    writer = HubWriter(model, folder, dtype, max_shard_bytes, ledger)
     for name, tensor in full_tensors(model, dtype):
         if tensor is not None:
             # After a failure the loop goes on, without writing: the others are in it as well.
@@ -61,18 +67,26 @@ class HubWriter:
     """
 
     def __init__(
-        self, model: Any, folder: Path, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES
+        self,
+        model: Any,
+        folder: Path,
+        dtype: torch.dtype | None,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        ledger: Ledger | None = None,
     ) -> None:
         """Write nothing yet.
 
         Args:
             model: its class and configuration choose the conversion; its weights are not read.
             folder: exists and holds no weights.
-            dtype: of the written floating-point tensors.
+            dtype: of the written floating-point tensors; None leaves them as they are.
             max_shard_bytes: of the tensors in one file; a larger tensor has a file for itself.
+            ledger: enters the files, and keeps what the disk refuses; None raises that.
         """
         self._model, self._folder, self._dtype = model, folder, dtype
         self._max_shard_bytes = max_shard_bytes
+        self._is_own = ledger is None
+        self._ledger = Ledger(folder) if ledger is None else ledger
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._files: list[list[str]] = []
@@ -93,7 +107,8 @@ class HubWriter:
         Raises:
             OSError: a file cannot be written.
         """
-        dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
+        is_cast = self._dtype is not None and tensor.is_floating_point()
+        dtype = self._dtype if is_cast else tensor.dtype
         cast = tensor.detach().to("cpu", dtype)
         for hub_name, part in revert_weight_conversion(self._model, {name: cast}).items():
             if self._pending and self._pending_bytes + part.nbytes > self._max_shard_bytes:
@@ -115,25 +130,33 @@ class HubWriter:
             self._write()
         count = len(self._files)
         if count == 1:
-            self._staged(1).rename(self._folder / "model.safetensors")
+            self._ledger.rename(self._staged(1), self._folder / "model.safetensors")
             return
         weight_map = {}
         for number, names in enumerate(self._files, start=1):
             final = f"model-{number:05d}-of-{count:05d}.safetensors"
-            self._staged(number).rename(self._folder / final)
+            self._ledger.rename(self._staged(number), self._folder / final)
             weight_map |= dict.fromkeys(names, final)
         metadata = {"total_parameters": self._num_parameters, "total_size": self.num_bytes}
         index = {"metadata": metadata, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (self._folder / INDEX).write_text(text, encoding="utf-8")
+        with self._ledger.open(self._folder / INDEX) as file:
+            file.write(text.encode())
+        self._raise_own()
 
     def _write(self) -> None:
         self._files.append(list(self._pending))
         number = len(self._files)
-        save_file(self._pending, self._staged(number), metadata={"format": "pt"})
+        with self._ledger.open(self._staged(number)) as file:
+            write_tensors(self._pending, file)
+        self._raise_own()
         if number > 1:
             logger.info("wrote %d files, %.1f GB", number, self.num_bytes / 1e9)
         self._pending, self._pending_bytes = {}, 0
+
+    def _raise_own(self) -> None:
+        if self._is_own and self._ledger.error is not None:
+            raise self._ledger.error
 
     def _staged(self, number: int) -> Path:
         """The name of a file while their number is still unknown."""

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,12 +14,19 @@ from pathlib import Path
 
 from qwen3_sft.launch_choice import CONFIG, Choice, choose, launch_environment
 from qwen3_sft.logs import set_up_logging
+from qwen3_sft.secret_options import masked
+from qwen3_sft.workers import Agent, reported_code
 
 logger = logging.getLogger(__name__)
+
+_POLL_S = 0.5
 
 
 def launch(argv: list[str]) -> int:
     """Run `accelerate launch CONFIG -m qwen3_sft.train ARGV`; return the run's own exit code.
+
+    SIGTERM and SIGUSR1 have a run that trains save and end: 75. At other times they end it, and
+    SIGINT does always: 128 and the signal's number.
 
     Environment:
         ACCELERATE_CONFIG: the launch file; by default chosen by GPUs and memory plan.
@@ -35,7 +41,7 @@ def launch(argv: list[str]) -> int:
         command = launch_command(argv, choice)
         logger.info("launch: %s (%s)", choice.config, choice.reason)
         if os.environ.get("DRY_RUN") == "1":
-            logger.info("command: %s", shlex.join(command))
+            logger.info("command: %s", shlex.join(masked(command)))
             return show_plan([*argv, *choice.run_flags], launch_environment(choice))
         prepare_deepspeed(argv, choice)
     except ValueError as error:
@@ -48,11 +54,11 @@ def launch(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         exit_file = Path(folder) / "exit_code"
         environment = {**os.environ, "QWEN3_SFT_EXIT_FILE": str(exit_file)}
-        if not subprocess.run(command, env=environment, check=False).returncode:
-            return 0
-        # Every failure is 1 to accelerate; and one process may end well before another fails.
-        reported = exit_file.read_text(encoding="utf-8") if exit_file.is_file() else ""
-        return int(reported or 1) or 1
+        with Agent(command, environment) as agent:
+            while agent.poll() is None:
+                agent.has_workers()
+                agent.wait(_POLL_S)
+        return agent.exit_code(reported_code(exit_file))
 
 
 def launch_command(argv: list[str], choice: Choice) -> list[str]:

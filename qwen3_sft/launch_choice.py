@@ -209,9 +209,13 @@ def planned_model(options: Options) -> tuple[PreTrainedModel, str]:
 def _local_config(name: str, revision: str | None) -> PretrainedConfig | None:
     from transformers import AutoConfig
 
+    from qwen3_sft.model_trust import refuse_hub_code
+
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             name, revision=revision, local_files_only=True, trust_remote_code=False
         )
+        refuse_hub_code(config, name)
+        return config
     except (OSError, ValueError):  # the run itself says what is wrong with the name
         return None

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PretrainedConfig,
@@ -20,6 +19,7 @@ from qwen3_sft.demo.build import VOCAB_SIZE
 from qwen3_sft.demo.model import tiny_config
 from qwen3_sft.known_models import KNOWN_CONFIGS
 from qwen3_sft.model import resolve_model
+from qwen3_sft.model_trust import load_config
 
 
 def known_config(name: str) -> PretrainedConfig | None:
@@ -49,4 +49,4 @@ def meta_model(name: str, revision: str | None = None) -> PreTrainedModel:
     if config := known_config(name):
         return model_on_meta(config)
     folder = resolve_model(name, revision)
-    return model_on_meta(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    return model_on_meta(load_config(folder))

@@ -27,7 +27,7 @@ KEYS = (
     "step", "epoch", "loss", "aux_loss", "grad_norm", "learning_rate", "step_time_s", "tokens",
     "tokens_per_second_per_gpu", "label_tokens", "padding_fraction", "model_tflops_per_gpu", "mfu",
     "peak_memory_gib", "expert_load_max_over_mean", "router_entropy", "skipped_steps",
-    "lost_update_fraction", "lost_update_mass", "compiles_total",
+    "lost_update_fraction", "lost_update_mass", "compiles_total", "tokens_seen",
 )  # fmt: skip
 
 

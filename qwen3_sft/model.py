@@ -29,6 +29,7 @@ from qwen3_sft.args import EXPERT_PATCHES, ModelArguments
 from qwen3_sft.engine import Engine
 from qwen3_sft.host_memory import blocks_given_back, reserve_weights
 from qwen3_sft.logs import progress_bars
+from qwen3_sft.model_trust import ModelError, check_weights_files, load_config
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +47,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-
-
-class ModelError(ValueError):
-    """The model at hand cannot be trained; the message says why and what to set."""
 
 
 def resolve_model(name: str, revision: str | None = None) -> Path:
@@ -232,9 +229,16 @@ def load_model(
 def load_strict(folder: Path, loader: Any = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
     """Run `from_pretrained` and refuse a checkpoint that does not fit the model exactly.
 
+    Nothing in the folder can run code: the classes are transformers' own, and weights are read from
+    safetensors files alone.
+
     Raises:
-        ModelError: naming up to five weights that are missing, unexpected or mismatched.
+        ModelError: naming up to five weights that are missing, unexpected or mismatched; or the
+            folder has no safetensors files, or names code or files of elsewhere.
     """
+    load_config(folder)
+    check_weights_files(folder)
+    kwargs |= {"use_safetensors": True, "trust_remote_code": False}
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     with progress_bars(size), blocks_given_back():
         model, info = loader.from_pretrained(folder, output_loading_info=True, **kwargs)

@@ -1,8 +1,9 @@
 """One node of a multi-node run, from its variables to its exit code.
 
 Starts torchrun, which `accelerate launch` would start as well but without this node's address, and
-watches it. The watching matters when a node is cut off: its processes give up at --ddp_timeout, but
-its torchrun may wait for the lost store without end, because no packet says that nobody answers.
+watches it. The watching matters when a node is cut off: its processes give up at --dist_timeout_s,
+but its torchrun may wait for the lost store without end, because no packet says that nobody
+answers.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from qwen3_sft.cluster import Cluster, read_cluster
 from qwen3_sft.launch import prepare_deepspeed, show_plan
 from qwen3_sft.launch_choice import CONFIG, Choice, choose
 from qwen3_sft.recipe import UsageError, help_text, parse_options
+from qwen3_sft.secret_options import masked
+from qwen3_sft.workers import INTERRUPTED_CODE, Agent, reported_code
 
 logger = logging.getLogger(__name__)
 
-_WORKER = "qwen3_sft.train"
 # Without processes torchrun has this long to end; it needs under a second when it can end at all.
 _LINGER_S = 20.0
 # Nodes that succeeded wait for the others: torchrun's own limit is 300 s.
@@ -39,6 +41,8 @@ _POLL_S = 0.25
 
 def run_node(argv: list[str]) -> int:
     """Run this node's part; return 0 done, 2 mistaken variables or options, 1 a failed run.
+
+    75 says that a signal to any node has interrupted the run, which the same command goes on with.
 
     Args:
         argv: options of the run; without any it is the demo.
@@ -69,7 +73,7 @@ def launch_node(argv: list[str]) -> int:
     command = torchrun_command(cluster, [*argv, *choice.run_flags])
     for line in plan(cluster, choice):
         logger.info("%s", line)
-    logger.info("command: %s", shlex.join(command))
+    logger.info("command: %s", shlex.join(masked(command)))
     if os.environ.get("DRY_RUN") == "1":
         for name, value in sorted(changed.items()):
             logger.info("environment: %s=%s", name, value)
@@ -83,7 +87,7 @@ def launch_node(argv: list[str]) -> int:
         exit_file = Path(folder) / "exit_code"
         environment = {**os.environ, **changed, "QWEN3_SFT_EXIT_FILE": str(exit_file)}
         end = _watch(command, environment, cluster, exit_file)
-    if end.code not in (0, 2):
+    if end.code not in (0, 2, INTERRUPTED_CODE):
         logger.error("%s", _what_happened(cluster, end))
     return end.code
 
@@ -111,7 +115,7 @@ def torchrun_command(cluster: Cluster, argv: list[str]) -> list[str]:
         "max-restarts": cluster.max_restarts,
     }
     words = [f"--{name}={value}" for name, value in flags.items()]
-    return [sys.executable, "-m", "torch.distributed.run", *words, "-m", _WORKER, *argv]
+    return [sys.executable, "-m", "torch.distributed.run", *words, "-m", "qwen3_sft.train", *argv]
 
 
 def node_environment(cluster: Cluster) -> dict[str, str]:
@@ -194,47 +198,26 @@ def _watch(
     command: list[str], environment: dict[str, str], cluster: Cluster, exit_file: Path
 ) -> _End:
     """Run torchrun to its end, or end it when it stays behind without processes."""
-    agent = subprocess.Popen(command, env=environment)
-    signals: list[int] = []
-
-    def pass_on(number: int, _: object) -> None:
-        signals.append(number)
-        agent.terminate()
-
-    previous = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
     # Before a restart the nodes may be waiting for one another.
     patience = _LINGER_S + (cluster.rdzv_timeout_s if cluster.max_restarts else 0)
     last_seen: float | None = None
     was_ended = False
-    try:
-        while (code := agent.poll()) is None:
-            if _has_workers(agent.pid):
+    with Agent(command, environment) as agent:
+        while agent.poll() is None:
+            if agent.has_workers():
                 last_seen = time.monotonic()
             alone = 0.0 if last_seen is None else time.monotonic() - last_seen
-            if alone > (_FAREWELL_S if _reported(exit_file) == 0 else patience):
+            is_well = reported_code(exit_file) in (0, INTERRUPTED_CODE)
+            if alone > (_FAREWELL_S if is_well else patience):
                 was_ended = True
-                _stop(agent)
+                _stop(agent.process)
             else:
-                time.sleep(_POLL_S)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if signals:
-        return _End(128 + signals[0], signal.Signals(signals[0]))
-    if code == 0 and not was_ended:
-        return _End(0)
-    # torchrun turns every failure into 1, and one process may have succeeded before another failed.
-    return _End(_reported(exit_file) or 1, was_ended=was_ended)
-
-
-def _has_workers(agent: int) -> bool:
-    try:
-        return any(
-            _WORKER in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE
-            for child in psutil.Process(agent).children()
-        )
-    except psutil.Error:  # ended while it was looked at
-        return False
+                agent.wait(_POLL_S)
+    code = agent.exit_code(reported_code(exit_file))
+    if was_ended and code == 0:
+        return _End(1, was_ended=True)
+    by = next((number for number in agent.signals if code == 128 + number), None)
+    return _End(code, by, was_ended)
 
 
 def _stop(agent: subprocess.Popen) -> None:
@@ -244,12 +227,6 @@ def _stop(agent: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         agent.kill()
         agent.wait()
-
-
-def _reported(exit_file: Path) -> int | None:
-    """The code that a process of this node wrote last; None where all ended without one."""
-    text = exit_file.read_text(encoding="utf-8") if exit_file.is_file() else ""
-    return int(text) if text else None
 
 
 def _what_happened(cluster: Cluster, end: _End) -> str:

@@ -103,8 +103,11 @@ class PlanCheck(TrainerCallback):
             self.planned, measured, peak,
             {"planned": self.tokens_per_second, "measured": speed}, step,
         )  # fmt: skip
-        self.write(record)
         logger.info("%s", describe(record))
+        try:
+            self.write(record)
+        except OSError as error:
+            logger.warning("cannot write the plan's check (%s); training goes on", error)
         if not record["is_within_tolerance"]:
             logger.warning(
                 "the memory plan is off by more than %.0f%%: please report this with the run's "

@@ -2,8 +2,8 @@
 
 Left alone, whoever needs a group first creates it with a timeout of its own: transformers' loading
 waits 2 hours, torch 30 minutes on CPU, and subgroups of meshes 10 minutes on CUDA, whatever
---ddp_timeout says (transformers 5.23, torch 2.13). So the group is created here, before any of them
-looks, and torch's default for later groups is set to the same value.
+--dist_timeout_s says (transformers 5.23, torch 2.13). So the group is created here, before any of
+them looks, and torch's default for later groups is set to the same value.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ProcessGroupError(RuntimeError):
     """The other processes did not come; the message says who waited where and for how long."""
 
 
-def join_process_group(timeout_s: float, backend: str | None = None) -> None:
+def join_process_group(timeout_s: float, backend: str | None = None) -> dist.Store | None:
     """Create torch's default process group, if this process is one of several.
 
     Reads RANK, WORLD_SIZE and LOCAL_RANK, and MASTER_ADDR and MASTER_PORT, as torchrun sets them.
@@ -39,14 +39,17 @@ def join_process_group(timeout_s: float, backend: str | None = None) -> None:
             here for all processes to arrive may take `_JOIN_AT_LEAST_S` even if this is shorter.
         backend: `gloo`, `nccl`, or as torch takes it; by default what the device needs.
 
+    Returns:
+        The store through which all processes reach each other; None for a process alone.
+
     Raises:
         ProcessGroupError: the other processes did not arrive in time.
         UsageError: the timeout is not positive.
     """
     if timeout_s <= 0:
-        raise UsageError(f"--ddp_timeout {timeout_s}: must be a positive number of seconds")
+        raise UsageError(f"--dist_timeout_s {timeout_s}: must be a positive number of seconds")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
+        return None
     timeout = timedelta(seconds=timeout_s)
     backend = backend or default_backend(has_cuda=torch.cuda.is_available())
     device = None
@@ -61,6 +64,7 @@ def join_process_group(timeout_s: float, backend: str | None = None) -> None:
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
     )
+    return store
 
 
 def default_backend(*, has_cuda: bool) -> str:
@@ -107,7 +111,7 @@ def _meet(patience: timedelta) -> tuple[dist.Store, int, int]:
         raise ProcessGroupError(
             f"rank {rank} waited {patience.total_seconds():.0f} s at {where} and not all of the "
             f"{world_size} processes came. Look for the first error on the other nodes. If they "
-            "only prepare data for longer, set --ddp_timeout to more seconds, or --data_cache_dir "
-            f"to a folder that all nodes share. ({error})"
+            "only prepare data for longer, set --dist_timeout_s to more seconds, or "
+            f"--data_cache_dir to a folder that all nodes share. ({error})"
         ) from error
     return store, rank, world_size

@@ -16,7 +16,9 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from qwen3_sft.args import REFUSED, DataArguments, ModelArguments, TrainArguments
+from qwen3_sft.args import DataArguments, ModelArguments, TrainArguments
+from qwen3_sft.refused_options import REFUSED
+from qwen3_sft.secret_options import is_secret
 
 _KINDS = (ModelArguments, DataArguments, TrainArguments)
 
@@ -56,16 +58,23 @@ class Options:
             raise UsageError(str(error)) from error
 
     def resolved(self) -> dict[str, Any]:
-        """Every option that differs from its default, plus model, data and output: a recipe."""
+        """Every option that differs from its default, plus model, data and output: a recipe.
+
+        Secrets are left out: give them again, or set HF_TOKEN.
+        """
         values = {
             **dataclasses.asdict(self.model),
             **dataclasses.asdict(self.data),
             **self.train_values,
         }
         defaults = vars(_parser().parse_args([]))
-        defaults["dry_run"] = values["dry_run"]  # how it was called, not part of a recipe
+        for name in ("dry_run", "allow_change", "trust_checkpoint", "stop_after_steps"):
+            defaults[name] = values[name]  # how it was called, not part of a recipe
         always = {"model_name_or_path", "dataset", "output_dir", "max_length", "learning_rate"}
-        return {k: v for k, v in values.items() if k in always or v != defaults[k]}
+        shown = {k: v for k, v in values.items() if not is_secret(k)}
+        if values["global_batch_size"] is not None:  # which a run has translated for its processes
+            del shown["gradient_accumulation_steps"]
+        return {k: v for k, v in shown.items() if k in always or v != defaults[k]}
 
 
 def parse_options(argv: list[str], *, needs_data: bool = True) -> Options:
@@ -228,5 +237,12 @@ def _check(options: Options, *, needs_data: bool) -> None:
         value = getattr(options.data, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: must be at least 1")
+    for name in ("run_name", "project"):
+        value = str(options.train_values[name])
+        if set(value) & {"/", "\\", "\0"} or value.startswith("."):
+            raise UsageError(
+                f"--{name} {value}: a name, not a path, since reporters name files after it; "
+                "leave out / and \\ and a leading dot"
+            )
     if options.data.max_length < 8:
         raise UsageError(f"--max_length {options.data.max_length}: must be at least 8")

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 import monkey_patch
 from monkey_patch.fp8_selection import Selection, describe
 from qwen3_sft.args import DataArguments, TrainArguments
 from qwen3_sft.build import build_trainer
-from qwen3_sft.checkpoint import CheckpointError, check_resumable, read_manifest
-from qwen3_sft.completions import before_and_after
+from qwen3_sft.checkpoint_trust import check_best, refuse_foreign_code
 from qwen3_sft.data.formats import DataError
 from qwen3_sft.data.prepare import TokenDataset, prepare
 from qwen3_sft.demo.build import resolve_demo
@@ -27,7 +27,9 @@ from qwen3_sft.export_check import ExportError
 from qwen3_sft.final_arguments import final_arguments
 from qwen3_sft.fp8 import choose_fp8
 from qwen3_sft.hardware import device_info
+from qwen3_sft.interruption import Interrupted
 from qwen3_sft.isolation import LeakError
+from qwen3_sft.manifest import CheckpointError, read_manifest
 from qwen3_sft.memory_advice import MemorySettings
 from qwen3_sft.meta_model import meta_model
 from qwen3_sft.model import (
@@ -41,6 +43,7 @@ from qwen3_sft.model import (
 )
 from qwen3_sft.out_of_memory import GpuMemoryError, naming
 from qwen3_sft.patches import FP8_PATCHES, choose_patches, fp8_selection
+from qwen3_sft.peers import PeerWatch, TellStep
 from qwen3_sft.plan import DOES_NOT_FIT, DoesNotFitError, RunPlan
 from qwen3_sft.plan_advice import describe_advice, nearest
 from qwen3_sft.plan_run import experts_for, plan_here
@@ -51,14 +54,17 @@ from qwen3_sft.process_group import (
 )
 from qwen3_sft.rank_zero import on_first_rank
 from qwen3_sft.recipe import Options, UsageError, help_text, parse_options
+from qwen3_sft.resume_check import check_allowed, check_resumable, run_identity
 from qwen3_sft.run_folder import (
     RunFolder,
     check_resume,
     choose_checkpoint,
     versions,
 )
+from qwen3_sft.run_summary import describe_summary, write_summary
 from qwen3_sft.trainer import NonFiniteError, SftTrainer
-from qwen3_sft.trainer_checkpoint import rows_per_step
+from qwen3_sft.trainer_saving import rows_per_step
+from qwen3_sft.workers import INTERRUPTED_CODE
 from qwen3_sft.zero import check_zero3
 from qwen3_sft.zero import describe as describe_units
 
@@ -84,7 +90,8 @@ def run_command(argv: list[str]) -> int:
             for line in dry_run(options):
                 logger.info("%s", line)
             return 0
-        return run(options)
+        with PeerWatch() as peers:
+            return run(options, peers)
     except _USER_ERRORS as error:
         logger.error("error: %s", error)
         return 2
@@ -96,14 +103,18 @@ def run_command(argv: list[str]) -> int:
         return 1
 
 
-def run(options: Options) -> int:
-    """Train one recipe into its run folder, or say that this has been done."""
+def run(options: Options, peers: PeerWatch) -> int:
+    """Train one recipe into its run folder, or say that this has been done; return the exit code.
+
+    That is 75 where a signal has interrupted training, which is then saved.
+    """
     engine = detect(options.model, options.data)
     folder = RunFolder(options.output_dir)
     if summary := folder.summary():
-        logger.info("%s", _finished(folder, summary))
+        logger.info("%s", describe_summary(folder, summary))
         return 0
     check_resume(folder, options.train_values["resume"])
+    check_allowed(options.train_values["allow_change"])
     folder.create()
     name, data = resolve_demo(options.model.model_name_or_path, options.data, folder.path / "base")
     base = resolve_model(name, options.model.model_revision)
@@ -115,14 +126,48 @@ def run(options: Options) -> int:
     train_tokens, eval_tokens = _prepare_data(data, tokenizer, options.train_values["seed"])
 
     values = options.train_values
-    backend = "gloo" if values["use_cpu"] else values["ddp_backend"]
-    join_process_group(values["ddp_timeout"], backend)
+    _join(values, peers)
     plan = on_first_rank(lambda: plan)  # GPUs may differ, what layers do must not
     options.model.experts_implementation = experts_for(
         options.model.experts_implementation, plan.layers
     )
     args = final_arguments(options, engine, has_eval=eval_tokens is not None)
-    checkpoint = _agree_on_checkpoint(folder, options, engine, args)
+    identity = run_identity(args, data, train_tokens.report["fingerprints"], rows_per_step(args))
+    checkpoint = _agree_on_checkpoint(folder, args, engine, identity)
+    loaded = _load(base, options, args, engine, data)
+    trainer = build_trainer(
+        args, loaded.model, tokenizer, train_tokens, eval_tokens, data, folder, checkpoint, plan,
+        identity,
+    )  # fmt: skip
+    trainer.add_callback(TellStep(peers))
+    if trainer.is_world_process_zero():
+        _write_records(folder, options, trainer, loaded)
+        folder.write_json("data_report.json", train_tokens.report)
+        if data.eval_dataset and eval_tokens is not None:
+            folder.write_json("eval_data_report.json", eval_tokens.report)
+    is_whole = _train(trainer, checkpoint)
+    if is_whole and args.stop_after_steps is None:
+        with loaded.patches.paused(*FP8_PATCHES):  # whoever loads the model will compute without
+            _finish(trainer, options, base, folder)
+    peers.leave()
+    leave_process_group()
+    return 0 if is_whole else INTERRUPTED_CODE
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """A patched model, and what was chosen for it."""
+
+    model: Any
+    patches: monkey_patch.AppliedPatches
+    attention: str
+    fp8: Selection | None
+
+
+def _load(
+    base: Path, options: Options, args: TrainArguments, engine: Engine, data: DataArguments
+) -> _Loaded:
+    """Read the weights and patch the model."""
     compute = torch.bfloat16 if args.bf16 else weights_dtype(options.model)
     weights = weights_dtype(options.model, engine, compute)
     attention, reason = choose_attention(options.model.attn_implementation, args.device, compute)
@@ -138,22 +183,26 @@ def run(options: Options) -> int:
         patches = monkey_patch.apply_patches(model, choose_patches(options.model, attention, fp8))
         if engine.layout == "whole":
             model.to(args.device)
+    return _Loaded(model, patches, attention, selection)
 
-    trainer = build_trainer(
-        args, model, tokenizer, train_tokens, eval_tokens, data, folder, checkpoint, plan
-    )
-    if trainer.is_world_process_zero():
-        _write_records(folder, options, trainer, patches.counts, attention, selection)
-        folder.write_json("data_report.json", train_tokens.report)
-        if data.eval_dataset and eval_tokens is not None:
-            folder.write_json("eval_data_report.json", eval_tokens.report)
+
+def _train(trainer: SftTrainer, checkpoint: Path | None) -> bool:
+    """Train; return whether it came to its end, and was not interrupted by a signal."""
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    with patches.paused(*FP8_PATCHES):  # whoever loads the model will compute without
-        _finish(trainer, options, base, folder)
-    leave_process_group()
-    return 0
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Interrupted as interrupted:
+        logger.info("%s", interrupted)
+        return False
+    return True
+
+
+def _join(values: dict[str, Any], peers: PeerWatch) -> None:
+    """Meet the other processes and begin to watch them, if there are any."""
+    backend = "gloo" if values["use_cpu"] else values["ddp_backend"]
+    if store := join_process_group(values["dist_timeout_s"], backend):
+        peers.start(store, dist.get_rank(), dist.get_world_size())
 
 
 def _plan(options: Options, engine: Engine, base: Path) -> RunPlan:
@@ -171,40 +220,30 @@ def _plan(options: Options, engine: Engine, base: Path) -> RunPlan:
 
 
 def _agree_on_checkpoint(
-    folder: RunFolder, options: Options, engine: Engine, args: TrainArguments
+    folder: RunFolder, args: TrainArguments, engine: Engine, identity: dict[str, Any]
 ) -> Path | None:
     """Let rank 0 read and hash the checkpoints; every rank resumes from what it chose.
 
     Raises:
         UsageError: the named checkpoint does not exist.
-        CheckpointError: it is damaged, or this engine, number of processes or size of a step does
-            not go on from it.
+        CheckpointError: it is damaged, loading it might run code, this engine or number of
+            processes cannot read it, or the run differs from the one that saved it.
     """
 
     def choose() -> Path | None:
-        checkpoint = choose_checkpoint(folder, options.train_values["resume"])
+        checkpoint = choose_checkpoint(folder, args.resume)
         if checkpoint is None:
             return None
+        refuse_foreign_code(checkpoint, trusted=args.trust_checkpoint)
+        if args.load_best_model_at_end:
+            check_best(checkpoint, folder.path)
         check_resumable(
-            read_manifest(checkpoint), engine.layout, args.world_size, checkpoint,
-            rows_per_step(args),
+            read_manifest(checkpoint), engine.layout, args.world_size, checkpoint, identity,
+            args.allow_change,
         )  # fmt: skip
         return checkpoint.absolute()  # another node may stand in another folder
 
     return on_first_rank(choose)
-
-
-def _finished(folder: RunFolder, summary: dict[str, Any]) -> str:
-    return (
-        f"{folder.path} holds a finished run: {summary['steps']} steps, "
-        f"final loss {_in_words(summary['loss'])}, model in {folder.model}\n"
-        f"{before_and_after(folder.samples)}\n"
-        "Nothing was changed. To train again choose another --output_dir, or remove the folder."
-    )
-
-
-def _in_words(loss: float | None) -> str:
-    return "not logged" if loss is None else f"{loss:.4f}"
 
 
 def _prepare_data(
@@ -219,12 +258,7 @@ def _prepare_data(
 
 
 def _write_records(
-    folder: RunFolder,
-    options: Options,
-    trainer: SftTrainer,
-    patches: dict[str, int],
-    attention: str,
-    fp8: Selection | None,
+    folder: RunFolder, options: Options, trainer: SftTrainer, loaded: _Loaded
 ) -> None:
     info = device_info()
     folder.write_config(options.resolved())
@@ -237,9 +271,9 @@ def _write_records(
             "world_size": trainer.args.world_size,
             "weights_dtype": str(trainer.model.dtype),
             "autocast_dtype": "bfloat16" if trainer.args.bf16 else None,
-            "attn_implementation": attention,
-            "patches": patches,
-            "fp8": None if fp8 is None else dataclasses.asdict(fp8),
+            "attn_implementation": loaded.attention,
+            "patches": loaded.patches.counts,
+            "fp8": None if loaded.fp8 is None else dataclasses.asdict(loaded.fp8),
         },
     )
 
@@ -252,20 +286,5 @@ def _finish(trainer: SftTrainer, options: Options, base: Path, folder: RunFolder
         None if dtype == "auto" else getattr(torch, dtype),
     )  # fmt: skip
     if trainer.is_world_process_zero():
-        # None where early stopping came before the first record.
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] or [None]
-        summary = {
-            "finished": True,
-            "steps": trainer.state.global_step,
-            "first_loss": losses[0],
-            "loss": losses[-1],
-            "best_metric": trainer.state.best_metric,
-            "skipped_steps": trainer.skipped_steps,
-            "model": str(folder.model),
-        }
-        folder.write_json("summary.json", summary)
-        logger.info(
-            "done: loss %s -> %s in %d steps, model in %s\n%s", _in_words(losses[0]),
-            _in_words(losses[-1]), summary["steps"], folder.model, before_and_after(folder.samples),
-        )  # fmt: skip
+        logger.info("%s", write_summary(trainer, folder))
     trainer.accelerator.wait_for_everyone()

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from qwen3_sft.checkpoint import newest_verified, verify
+from qwen3_sft.checkpoint import newest_verified
+from qwen3_sft.manifest import verify
 from qwen3_sft.recipe import UsageError
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,11 @@ class RunFolder:
     def summary_file(self) -> Path:
         """Written last; its presence says that the run is finished."""
         return self.path / "summary.json"
+
+    @property
+    def interrupted(self) -> Path:
+        """There while a signal has ended the run and nobody has started it again."""
+        return self.path / "INTERRUPTED"
 
     def create(self) -> None:
         """Make the folder.

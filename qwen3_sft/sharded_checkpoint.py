@@ -12,20 +12,47 @@ shards always: gathered it would be 244 GB for the 30B model.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 
-from qwen3_sft.checkpoint import CheckpointError, local_part
 from qwen3_sft.full_tensors import plain_name, process_rank
+from qwen3_sft.hashed_files import Ledger
+from qwen3_sft.held_state import local_part
+from qwen3_sft.manifest import CheckpointError
 from qwen3_sft.model import load_strict
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 
 
-def save_weights(model: Any, folder: Path) -> None:
+class _LedgerFiles(FileSystem):
+    """What a writer of torch's distributed checkpoint writes goes through a ledger."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        with self._ledger.open(path) as stream:
+            yield stream
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        self._ledger.rename(Path(path), Path(new_path))
+
+
+def _into(ledger: Ledger, writer: Any) -> Any:
+    writer.fs = _LedgerFiles(ledger)
+    writer.sync_files = False  # closing does; without a file number the writer would sync all disks
+    return writer
+
+
+def save_weights(model: Any, folder: Path, ledger: Ledger) -> None:
     """Write this process's shards to `folder/weights`; collective.
 
     As transformers' `_save_model_checkpoint_distributed`, which fails on accelerate's tied weights:
@@ -43,7 +70,7 @@ def save_weights(model: Any, folder: Path) -> None:
             state[name] = value.clone()
         seen.add(address)
     writer = checkpoint.HuggingFaceStorageWriter(str(folder / WEIGHTS), save_distributed=True)
-    checkpoint.save(state, storage_writer=writer)
+    checkpoint.save(state, storage_writer=_into(ledger, writer))
 
 
 def load_sharded_weights(model: Any, folder: Path) -> None:
@@ -82,11 +109,20 @@ def _load_hub_model(model: Any, folder: Path) -> None:
     set_model_state_dict(model, whole, options=options)
 
 
-def save_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
-    """Write this process's part of the optimizer state to `folder/optimizer`; collective."""
-    from transformers.distributed.checkpoint import save_optimizer_distributed
+def save_optimizer(model: nn.Module, optimizer: Any, folder: Path, ledger: Ledger) -> None:
+    """Write this process's part of the optimizer state to `folder/optimizer`; collective.
 
-    save_optimizer_distributed(model, optimizer, str(folder / OPTIMIZER))
+    As transformers' `save_optimizer_distributed`, through a ledger: entries by name, so that
+    another layout may put the weights into other groups.
+    """
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    from transformers.distributed.checkpoint import _redistribute_state_dict
+
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    writer = _into(ledger, checkpoint.FileSystemWriter(folder / OPTIMIZER))
+    checkpoint.save({"optimizer": _redistribute_state_dict(state)}, storage_writer=writer)
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:

@@ -5,6 +5,7 @@ Nothing heavy is imported before logging is set up, because torch and torchao sp
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -16,16 +17,33 @@ def main(argv: list[str] | None = None) -> int:
     """Train; return the exit code: 0 done, 2 bad arguments or data, 1 a run that failed.
 
     The code is also written to the file that QWEN3_SFT_EXIT_FILE names: accelerate's launcher
-    turns every failure into 1, and qwen3_sft.sh wants to tell them apart.
+    turns every failure into 1, and qwen3_sft.sh wants to tell them apart. A run that a signal has
+    interrupted ends with 75; torchrun, which would call that a failure and restart it, is told 0.
     """
     set_up_logging()
     from qwen3_sft.run import run_command
+    from qwen3_sft.workers import INTERRUPTED_CODE
 
     code = run_command(sys.argv[1:] if argv is None else argv)
-    if exit_file := os.environ.get("QWEN3_SFT_EXIT_FILE"):
+    exit_file = os.environ.get("QWEN3_SFT_EXIT_FILE")
+    if exit_file:
         Path(exit_file).write_text(str(code), encoding="utf-8")
+    may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    is_under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if code == INTERRUPTED_CODE and is_under_torchrun and (exit_file or may_restart):
+        return 0
     return code
 
 
+def _end(code: int) -> None:
+    """Leave the process; one that failed among several must not wait for them while it unloads."""
+    if code not in (0, 75) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())

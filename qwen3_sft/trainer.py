@@ -18,15 +18,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainerState
 
 from qwen3_sft.collator import BatchStats
 from qwen3_sft.flops import ModelFlops, train_flops
 from qwen3_sft.hardware import memory_stats
+from qwen3_sft.interruption import InterruptibleTrainer
 from qwen3_sft.layer_compile import RecompileWatch
-from qwen3_sft.memory_trainer import MemoryTrainer
 from qwen3_sft.metrics import KEYS, MemoryWatch, StepLines, Window, log_line, throughput
 from qwen3_sft.packing import Document, PackedDataset
+from qwen3_sft.record_steps import RecordSteps
 
 logger = logging.getLogger(__name__)
 
@@ -35,23 +35,7 @@ class NonFiniteError(RuntimeError):
     """Too many steps in a row had a NaN or Inf loss or gradient."""
 
 
-class _Clock(TrainerCallback):
-    """Begin to count when the first step begins: set-up and loading are not training time."""
-
-    def __init__(self, trainer: SftTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.trainer.window = Window()
-        self.trainer._steps_at_last_record = state.global_step
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Record the last step whatever `logging_steps` says: the summary tells its loss."""
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-
-
-class SftTrainer(MemoryTrainer):
+class SftTrainer(InterruptibleTrainer):
     """Train on packed batches of `PackedCollator`.
 
     The loss is the sum of cross entropy over labelled tokens divided by the number of labelled
@@ -87,8 +71,8 @@ class SftTrainer(MemoryTrainer):
         self.recompile_watch: RecompileWatch | None = None
         self._step_loss = torch.zeros((), device=self.args.device)
         self._step_tokens = torch.ones((), device=self.args.device)
-        self._steps_at_last_record = 0
-        self.add_callback(_Clock(self))
+        self.steps_at_last_record = 0
+        self.add_callback(RecordSteps(self))
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         if self.args.world_size > 1:
@@ -166,9 +150,11 @@ class SftTrainer(MemoryTrainer):
         fused = self.backward_optimizer
         norm = super()._get_grad_norm(model, grad_norm) if fused is None else fused.norm()
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        loss = self._sum_over_ranks(self._step_loss) / self.args.world_size
+        sums = self._sum_over_ranks(self.interruption.votes(self._step_loss))
         # One wait for the device per optimizer step; none per micro-batch.
-        loss_value, norm_value = torch.stack([loss, torch.as_tensor(norm).to(loss)]).tolist()
+        values = torch.cat([sums, torch.as_tensor(norm).to(sums)[None]]).tolist()
+        loss_value, norm_value = values[0] / self.args.world_size, values[-1]
+        self.interruption.agree(values[1:-1])
         left_out = [] if fused is None else fused.end_step(norm_value)
         if math.isfinite(norm_value) and math.isfinite(loss_value):
             self.bad_steps_in_a_row = 0
@@ -266,8 +252,8 @@ class SftTrainer(MemoryTrainer):
         super().log(logs, start_time)
 
     def _training_record(self, logs: dict[str, float]) -> dict[str, Any]:
-        steps = self.state.global_step - self._steps_at_last_record
-        self._steps_at_last_record = self.state.global_step
+        steps = self.state.global_step - self.steps_at_last_record
+        self.steps_at_last_record = self.state.global_step
         seconds = self.window.seconds()
         sums = torch.tensor(self.window.sums(), dtype=torch.float64, device=self.args.device)
         sums = self._sum_over_ranks(sums)
@@ -283,6 +269,8 @@ class SftTrainer(MemoryTrainer):
                 peak_flops=self.peak_flops,
             ),
         }  # fmt: skip
+        self.tokens_seen += record["tokens"]
+        record["tokens_seen"] = self.tokens_seen
         if self.recompile_watch is not None:
             record["compiles_total"] = self.recompile_watch.compiles_total
         if self.backward_optimizer is not None:

@@ -6,24 +6,33 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from qwen3_sft.checkpoint import CheckpointError, load_whole_state, verify
+from qwen3_sft.checkpoint import load_whole_state
+from qwen3_sft.checkpoint_trust import refuse_foreign_code
+from qwen3_sft.manifest import CheckpointError, verify
 from qwen3_sft.model import load_strict
+from qwen3_sft.model_trust import load_config
 from qwen3_sft.sharded_checkpoint import WEIGHTS, load_sharded_weights
 
 
-def load_checkpoint(folder: Path) -> PreTrainedModel:
+def load_checkpoint(folder: Path, *, trusted: bool = False) -> PreTrainedModel:
     """Return the model of a verified checkpoint, on the CPU.
 
     Memory: one copy of the weights, and for DeepSpeed's float32 shards a second one.
 
+    Args:
+        folder: the checkpoint.
+        trusted: load it although loading might run code (`--trust_checkpoint`).
+
     Raises:
-        CheckpointError: damaged, or written by DeepSpeed, which is not installed.
+        CheckpointError: damaged, holding what might run code, or written by DeepSpeed, which is not
+            installed.
         ModelError: the files do not fit the model.
     """
     layout = verify(folder).get("layout", "whole")
+    refuse_foreign_code(folder, trusted=trusted)
     if layout == "zero":
         return _load_zero(folder)
     if layout == "dtensor" and (folder / WEIGHTS).is_dir():
@@ -34,7 +43,7 @@ def load_checkpoint(folder: Path) -> PreTrainedModel:
 
 
 def _empty_model(folder: Path) -> Any:
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = load_config(folder)
     with no_init_weights():
         return AutoModelForCausalLM.from_config(config)
 

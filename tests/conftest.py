@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import random
 import textwrap
 
@@ -22,6 +23,17 @@ def _seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logging():
+    """Put back what a command run in this process has set up, which caplog would not see past."""
+    loggers = [logging.getLogger(name) for name in ("qwen3_sft", "monkey_patch")]
+    before = [(log.handlers, log.level, log.propagate) for log in loggers]
+    yield
+    for log, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        log.handlers, log.propagate = handlers, propagate
+        log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -27,8 +27,8 @@ def main() -> None:
     join_process_group(TIMEOUT_S)
     ours = dist.group.WORLD
     assert ours is not None
-    # Both would create a group with a timeout of their own; --ddp_timeout 99 must not matter now.
-    TrainArguments(output_dir=sys.argv[1], use_cpu=True, ddp_backend="gloo", ddp_timeout=99)
+    # Both would create a group of their own; --dist_timeout_s 99 must not matter now.
+    TrainArguments(output_dir=sys.argv[1], use_cpu=True, ddp_backend="gloo", dist_timeout_s=99)
     Accelerator(cpu=True)
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     found = {

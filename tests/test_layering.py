@@ -16,23 +16,27 @@ from tests.source_tree import ROOT, imports_of, is_type_checking, modules, place
 # circle arises, and from the lines below.
 LAYERS: tuple[tuple[str, str], ...] = (
     ("command line", "cli"),
-    ("start", "launch launch_choice plan_command train multinode node cluster "
+    ("start", "launch launch_choice plan_command resume_command train multinode node cluster "
      "accelerate_environment"),
-    ("one run", "run build dry_run plan plan_run plan_advice"),
+    ("one run", "run build dry_run plan plan_run plan_advice run_summary"),
     ("verbs", "export export_check data.inspection"),
-    ("training", "trainer trainer_checkpoint sharded_checkpoint checkpoint completions isolation "
-     "run_folder whole_checkpoint memory_trainer memory_warm_up plan_check"),
-    ("parts", "model patches metrics collator demo.build final_arguments process_group "
+    ("training", "trainer trainer_checkpoint trainer_saving trainer_writing sharded_checkpoint "
+     "checkpoint rotation resume_check interruption completions isolation run_folder "
+     "whole_checkpoint memory_trainer memory_warm_up plan_check record_steps"),
+    ("parts", "model patches metrics collator demo.build final_arguments process_group peers "
      "selective_checkpointing activation_checkpointing activation_plan meta_model "
      "backward_optimizer low_bit_step low_bit_optimizer sliced_adafactor adafactor_step "
-     "float32_states lost_updates layer_compile out_of_memory memory_advice roofline"),
+     "float32_states lost_updates layer_compile out_of_memory memory_advice roofline reporters"),
     ("tokens", "data.prepare data.report data.token_store data.tokenize_rows data.cache_key"),
     ("rows", "data.raw_rows data.readers data.table_rows data.json_rows data.formats data.turns"),
-    ("text", "chat.render chat.text chat.pieces chat.templates chat.encoding"),
-    ("options", "engine fp8 recipe args memory_plan zero cpu_adam"),
+    ("text", "chat.render chat.template_process chat.text chat.pieces chat.templates "
+     "chat.encoding"),
+    ("options", "engine fp8 recipe args refused_options memory_plan zero cpu_adam"),
     ("demo", "demo.conversations demo.model"),
-    ("facts", "packing flops hardware known_models samples data.tally logs "
-     "full_tensors rank_zero hub_writer host_memory model_sizes optimizer_memory"),
+    ("bytes", "manifest hashed_files safetensors_file hub_writer held_state save_space "
+     "checkpoint_trust model_trust inert_pickle pickled_names"),
+    ("facts", "packing flops hardware known_models samples data.tally logs full_tensors rank_zero "
+     "host_memory model_sizes optimizer_memory workers process_state peer_board secret_options"),
     ("packages", "data chat demo"),
 )  # fmt: skip
 

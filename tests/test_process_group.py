@@ -27,7 +27,7 @@ def test_alone_there_is_no_group(monkeypatch):
 
 
 def test_timeout_must_be_positive():
-    with pytest.raises(UsageError, match="--ddp_timeout 0: must be a positive number of seconds"):
+    with pytest.raises(UsageError, match="--dist_timeout_s 0: must be a positive number"):
         join_process_group(0)
 
 
@@ -42,7 +42,7 @@ def test_says_who_waited_where(monkeypatch, free_port):
     with pytest.raises(ProcessGroupError) as caught:
         join_process_group(0.5)
     assert f"rank 0 waited 1 s at 127.0.0.1:{free_port} and not all of the 2" in str(caught.value)
-    assert "--ddp_timeout" in str(caught.value)
+    assert "--dist_timeout_s" in str(caught.value)
     assert not dist.is_initialized()
     assert distributed_c10d.default_pg_timeout == before
 

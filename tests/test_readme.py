@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import importlib
 import json
-import logging
 import os
 import re
 
@@ -16,8 +15,8 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from qwen3_sft import cli, train
-from qwen3_sft.checkpoint import seal
 from qwen3_sft.demo.model import write_checkpoint
+from qwen3_sft.manifest import seal
 from tests.readme import Command, blocks, commands, links, paragraphs, paths, unproven
 from tests.source_tree import ROOT
 
@@ -27,6 +26,7 @@ TEXT = README.read_text(encoding="utf-8") if README.is_file() else ""
 # Run elsewhere, or not runnable here: installing and downloading.
 EXEMPT = (
     r"bash qwen3_sft\.sh",  # tests/test_scripts.py, tests/e2e
+    r"qwen3-sft resume \S+ --verify",  # tests/e2e/test_resume_command.py
     r"bash tests/run\.sh.*",  # what runs this test
     r"git clone https://\S+( \S+)?",
     r"cd \S+",
@@ -42,23 +42,12 @@ TRAIN = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _logging_as_it_was():
-    """The commands set logging up for a terminal; other tests read its records."""
-    loggers = [logging.getLogger(name) for name in ("qwen3_sft", "monkey_patch")]
-    before = [(log.handlers, log.level, log.propagate) for log in loggers]
-    yield
-    for log, (handlers, level, propagate) in zip(loggers, before, strict=True):
-        log.handlers, log.propagate = handlers, propagate
-        log.setLevel(level)
-
-
 @pytest.fixture(scope="module")
 def stage(tokenizer, tmp_path_factory):
     """What stands in for PATH_OR_ID: a checkpoint and twenty conversations."""
     folder = tmp_path_factory.mktemp("readme")
     write_checkpoint(folder / "checkpoint-1", tokenizer)
-    seal(folder / "checkpoint-1")
+    seal(folder / "checkpoint-1", {})
     rows = [
         {"messages": [
             {"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"{i}!"},

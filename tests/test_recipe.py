@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qwen3_sft.args import REFUSED, DataArguments, ModelArguments, TrainArguments
+from qwen3_sft.args import DataArguments, ModelArguments, TrainArguments
 from qwen3_sft.recipe import Options, UsageError, help_text, parse_options
+from qwen3_sft.refused_options import REFUSED
 
 LEAST = ["--model_name_or_path", "some/model", "--dataset", "rows.jsonl"]
 
@@ -226,6 +227,7 @@ REFUSED_VALUES = {
     "logging_nan_inf_filter": "true",
     "enable_jit_checkpoint": "true",
     "resume_from_checkpoint": "runs/a/checkpoint-1",
+    "ddp_timeout": "60",
     "train_sampling_strategy": "group_by_length",
     "gradient_checkpointing": "true",
     "gradient_checkpointing_kwargs": '{"use_reentrant": true}',

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from qwen3_sft.checkpoint import CheckpointError, seal
+from qwen3_sft.manifest import CheckpointError, seal
 from qwen3_sft.recipe import UsageError
 from qwen3_sft.run_folder import RunFolder, check_resume, choose_checkpoint, versions
 
@@ -19,7 +19,7 @@ def checkpoint(folder, step, *, is_sealed=True):
     path.mkdir()
     (path / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
     if is_sealed:
-        seal(path, step=step)
+        seal(path, {}, step=step)
     return path
 
 

@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 
 from qwen3_sft.metrics import KEYS
 from qwen3_sft.trainer import NonFiniteError
+from tests.faults import outcome
 from tests.oracle import assert_close
 from tests.training import Documents, make_trainer, nll_sum, weights
 
@@ -115,6 +116,10 @@ class _Poison(TrainerCallback):
         self.now = state.global_step + 1
 
 
+@outcome(
+    "NaN or Inf in a gradient",
+    "the step is skipped and counted; no weight and no moment changes",
+)
 def test_non_finite_step_is_skipped_and_counted(tiny_moe, tokenizer, tmp_path):
     trainer = make_trainer(tiny_moe, tokenizer, tmp_path, max_steps=4, max_grad_norm=1.0)
     trainer.add_callback(_Poison(trainer.model.lm_head.weight, {2}))
@@ -135,6 +140,10 @@ def test_non_finite_step_is_skipped_and_counted(tiny_moe, tokenizer, tmp_path):
     assert records[1]["grad_norm"] == "nan"
 
 
+@outcome(
+    "NaN or Inf in three steps in a row (`--max_bad_steps`)",
+    "exit code 1; the weights are finite and the last checkpoint is whole",
+)
 def test_three_bad_steps_in_a_row_stop_the_run(tiny_moe, tokenizer, tmp_path):
     trainer = make_trainer(tiny_moe, tokenizer, tmp_path, max_steps=9)
     trainer.add_callback(_Poison(trainer.model.lm_head.weight, {3, 4, 5, 6}))
@@ -184,6 +193,10 @@ def test_epochs_use_every_document_once_in_another_order(tiny_moe, tokenizer, tm
     assert len({tuple(order) for order in orders}) == 3
 
 
+@outcome(
+    "NaN or Inf in the loss",
+    "the step is skipped, counted and logged with its true value",
+)
 def test_a_nan_loss_is_told_once_and_not_for_ever(tiny_moe, tokenizer, tmp_path):
     class _Bad(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

@@ -30,12 +30,13 @@ from transformers.initialization import no_init_weights
 from monkey_patch.core import class_name
 from qwen3_sft.memory_trainer import MemoryTrainer
 from qwen3_sft.trainer import SftTrainer
-from qwen3_sft.trainer_checkpoint import CheckpointedTrainer, _cause
+from qwen3_sft.trainer_checkpoint import CheckpointedTrainer
+from qwen3_sft.trainer_saving import SavingTrainer
+from qwen3_sft.trainer_writing import WritingTrainer, _cause
 
 SIGNATURES = {
     hf_checkpoint._redistribute_state_dict: ("state_dict", "reference_state_dict"),
     hf_checkpoint._load_model_checkpoint_distributed: ("model", "checkpoint_dir", "strict"),
-    hf_checkpoint.save_optimizer_distributed: ("model", "optimizer", "checkpoint_dir"),
     hf_checkpoint.load_optimizer_distributed: ("model", "optimizer", "checkpoint_dir"),
     accelerate_launch._validate_launch_command: ("args",),
     accelerate_launch.launch_command_parser: ("subparsers",),
@@ -54,8 +55,8 @@ TRAINER = {
     "_save_checkpoint": ("model", "trial"),
     "_get_output_dir": ("trial",),
     "save_model": ("output_dir", "_internal_call"),
-    "_save": ("output_dir", "state_dict"),
     "_save_optimizer_and_scheduler": ("output_dir",),
+    "_save_rng_state": ("output_dir",),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_load_best_model": (),
@@ -77,7 +78,7 @@ TRAINER = {
     ),
     "training_step": ("model", "inputs", "num_items_in_batch"),
 }  # fmt: skip
-TRAINERS = (SftTrainer, MemoryTrainer, CheckpointedTrainer)
+TRAINERS = (SftTrainer, MemoryTrainer, CheckpointedTrainer, SavingTrainer, WritingTrainer)
 
 
 def parameters(function) -> tuple[str, ...]:
@@ -111,7 +112,7 @@ def test_every_override_is_listed_here():
 def test_trainer_still_refuses_to_resume_a_natively_sharded_model():
     source = inspect.getsource(Trainer.__init__)
     guard, refusal, _ = source.partition("Resuming is not supported for models sharded at load")
-    file = "qwen3_sft/trainer_checkpoint.py: __init__ need not set save_only_model any more"
+    file = "qwen3_sft/trainer_writing.py: __init__ need not set save_only_model any more"
     assert refusal, file
     assert "not args.save_only_model" in guard[-300:], file
 
@@ -147,7 +148,7 @@ def test_fsdp2_subclasses_the_module_and_marks_it(one_process):
     assert type(module).__mro__[2] is Router, "monkey_patch/core.py: class_name"
     assert class_name(module) == "Router"
     assert type(module).forward is nn.Linear.forward, "monkey_patch/linear_cross_entropy.py"
-    assert isinstance(module.weight, DTensor), "qwen3_sft/checkpoint.py: local_part"
+    assert isinstance(module.weight, DTensor), "qwen3_sft/held_state.py: local_part"
     assert is_fsdp_managed_module(module), (
         "qwen3_sft/completions.py: ranks may stop generating at different tokens"
     )
@@ -200,7 +201,7 @@ def test_safetensors_of_shards_are_written_and_read_as_we_ask():
 def test_torchs_distributed_checkpoint_tells_what_failed():
     error = OSError(28, "No space left on device")
     failed = CheckpointException("", {1: (error, None)})
-    assert _cause(failed) is error, "qwen3_sft/trainer_checkpoint.py: _cause"
+    assert _cause(failed) is error, "qwen3_sft/trainer_writing.py: _cause"
 
 
 def test_a_full_disk_is_told_by_the_name_of_torchs_writer(tmp_path):

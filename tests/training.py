@@ -54,6 +54,7 @@ def make_trainer(
     callbacks: tuple = (),
     aux: float = 0.0,
     patches: Sequence[str] = PATCHES,
+    packing: bool = True,
     **arguments: Any,
 ) -> SftTrainer:
     """Patch a copy of `model` and wrap it in the trainer that a run would use."""
@@ -71,8 +72,9 @@ def make_trainer(
     vocabulary = model.config.vocab_size
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows = PackedDataset(
-        documents or Documents(24, vocabulary), ROW, seed=args.seed, rows_multiple_of=per_step
-    )
+        documents or Documents(24, vocabulary), ROW, packing=packing, seed=args.seed,
+        rows_multiple_of=per_step,
+    )  # fmt: skip
     trainer = SftTrainer(
         model=model,
         args=args,
@@ -84,7 +86,7 @@ def make_trainer(
         router_statistics=statistics,
         peak_flops=None,
         metrics_file=StepLines(folder / "metrics.jsonl"),
-        run_facts={"data_key": "test"},
+        run_facts={"identity": {}},
         engine=Engine("single"),
     )
     trainer.remove_callback(PrinterCallback)

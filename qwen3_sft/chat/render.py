@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import islice, pairwise
+from itertools import groupby, islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from qwen3_sft.chat.pieces import Piece, PieceWriter, Rendered
+from qwen3_sft.chat.template_process import render_apart
 from qwen3_sft.chat.templates import CHAT_FORMATS, detect_chat_format
 from qwen3_sft.chat.text import is_query, last_query_index, write_conversation
 from qwen3_sft.samples import Conversation, DataError, Message, PlainText
@@ -121,31 +122,62 @@ def self_check(
     tokenizer: PreTrainedTokenizerBase,
     chat_format: str,
     limit: int = 100,
+    *,
+    is_apart: bool = False,
 ) -> int:
     """Compare our text of up to `limit` conversations with the tokenizer's own chat template.
+
+    Args:
+        conversations: what to render.
+        tokenizer: with its chat template.
+        chat_format: how we render.
+        limit: conversations to compare.
+        is_apart: render the template in a process of its own with little time and memory, which
+            takes seconds to start.
 
     Returns:
         How many were compared.
 
     Raises:
         ValueError: shows the first difference; the tokenizer then has a customised template, or
-            `chat_format` is not its family.
+            `chat_format` is not its family. Or the template fails.
     """
-    compared = 0
-    for conversation in islice(conversations, limit):
-        messages = _without_trailing(conversation.messages, Counter())
-        ours = write_conversation(
-            messages, conversation.tools, CHAT_FORMATS[chat_format], labelled=()
-        ).text
-        theirs = tokenizer.apply_chat_template(
-            [_as_template_dict(message) for message in messages],
-            tools=list(conversation.tools) or None,
-            tokenize=False,
-        )
+    chosen = [
+        (_without_trailing(conversation.messages, Counter()), conversation.tools)
+        for conversation in islice(conversations, limit)
+    ]
+    render_theirs = _rendered_apart if is_apart else _rendered_here
+    texts = render_theirs(tokenizer, chosen)
+    for (messages, tools), theirs in zip(chosen, texts, strict=True):
+        ours = write_conversation(messages, tools, CHAT_FORMATS[chat_format], labelled=()).text
         if ours != theirs:
-            raise ValueError(_difference(ours, str(theirs), chat_format))
-        compared += 1
-    return compared
+            raise ValueError(_difference(ours, theirs, chat_format))
+    return len(chosen)
+
+
+_Turns = tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]  # messages and tools
+
+
+def _rendered_here(tokenizer: PreTrainedTokenizerBase, chosen: list[_Turns]) -> Iterator[str]:
+    for messages, tools in chosen:
+        yield str(
+            tokenizer.apply_chat_template(
+                [_as_template_dict(message) for message in messages],
+                tools=list(tools) or None,
+                tokenize=False,
+            )
+        )
+
+
+def _rendered_apart(tokenizer: PreTrainedTokenizerBase, chosen: list[_Turns]) -> Iterator[str]:
+    """As `apply_chat_template` does; a tokenizer may have another template for tools."""
+    for has_tools, group in groupby(chosen, key=lambda turns: bool(turns[1])):
+        conversations = [
+            {"messages": [_as_template_dict(m) for m in messages], "tools": list(tools) or None}
+            for messages, tools in group
+        ]
+        template = tokenizer.get_chat_template(None, [{}] if has_tools else None)
+        yield from render_apart(template, conversations, dict(tokenizer.special_tokens_map))
 
 
 def _without_trailing(messages: tuple[Message, ...], warnings: Counter[str]) -> tuple[Message, ...]:

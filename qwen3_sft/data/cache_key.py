@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_sft import samples
-from qwen3_sft.chat import encoding, pieces, render, templates, text
+from qwen3_sft.chat import encoding, pieces, render, template_process, templates, text
 from qwen3_sft.data import (
     formats,
     json_rows,
@@ -30,11 +30,11 @@ from qwen3_sft.data import (
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = 1  # of the cache folder; raise it when the meaning of its files changes
+LAYOUT = 2  # of the cache folder; raise it when the meaning of its files changes
 # A row's way to tokens, all of it: a forgotten module would serve stale caches (a test checks).
 TOKENISERS = (
     encoding, formats, json_rows, pieces, raw_rows, readers, render, samples, table_rows, tally,
-    templates, text, tokenize_rows, turns,
+    template_process, templates, text, tokenize_rows, turns,
 )  # fmt: skip
 _SETTLED_S = 2.0  # a file changed more recently may change again within the clock's resolution
 

@@ -7,6 +7,7 @@ and a second start finds the cache by its key.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from qwen3_sft.chat.encoding import Encoder
 from qwen3_sft.chat.render import detect_chat_format, self_check
+from qwen3_sft.chat.template_process import is_shipped
 from qwen3_sft.data.cache_key import FileHashes, cache_key, describe_all, text_hash
 from qwen3_sft.data.formats import parse_row
 from qwen3_sft.data.raw_rows import RawRow, raw_rows
@@ -70,12 +72,13 @@ def prepare(
     sources = find_sources(args, eval=eval)
     options = tokenize_options(args, tokenizer)
     cache = _cache_folder(args)
-    key = _key(args, sources, options, tokenizer, cache)
+    parts = _parts(args, sources, options, tokenizer, cache)
+    key = cache_key(parts)
     folder = cache / key
     if not _is_whole(folder):
         with _locked(cache / f"{key}.lock"):
             if not _is_whole(folder):
-                _build(folder, args, sources, options, tokenizer)
+                _build(folder, args, sources, options, tokenizer, _fingerprints(parts))
     dataset = TokenDataset(folder)
     check_drops(dataset.report, args.max_drop_fraction)
     logger.info("%s", report_text(dataset.report))
@@ -128,24 +131,36 @@ def _cache_folder(args: DataArguments) -> Path:
     return Path.home() / ".cache" / "qwen3_sft" / "tokens"
 
 
-def _key(
+def _parts(
     args: DataArguments,
     sources: list[RowSource],
     options: TokenizeOptions,
     tokenizer: PreTrainedTokenizerBase,
     cache: Path,
-) -> str:
-    return cache_key(
-        {
-            "sources": describe_all(sources, FileHashes(cache / "file_hashes.json")),
-            "max_rows": args.max_rows,
-            "dataset_format": args.dataset_format,
-            "options": {name: getattr(options, name) for name in options.__slots__},
-            "chat_template": text_hash(_chat_template(tokenizer) or ""),
-            "tokenizer": text_hash(tokenizer.backend_tokenizer.to_str()),
-            "eos_token": str(tokenizer.eos_token),
-        }
-    )
+) -> dict[str, Any]:
+    """Return all that decides the tokens."""
+    return {
+        "sources": describe_all(sources, FileHashes(cache / "file_hashes.json")),
+        "max_rows": args.max_rows,
+        "dataset_format": args.dataset_format,
+        "options": {name: getattr(options, name) for name in options.__slots__},
+        "chat_template": text_hash(_chat_template(tokenizer) or ""),
+        "tokenizer": text_hash(tokenizer.backend_tokenizer.to_str()),
+        "eos_token": str(tokenizer.eos_token),
+    }
+
+
+def _fingerprints(parts: dict[str, Any]) -> dict[str, str]:
+    """Return hashes of `_parts` under the names that a person changes, wherever files lie."""
+    options = parts["options"]
+    shown = ("chat_format", "train_on", "thinking", "train_empty_think")
+    rows = [parts["max_rows"], parts["dataset_format"], options["overlong"]]
+    names = {
+        "data": [[identity for _, identity in parts["sources"]], *rows],
+        "template": [parts["chat_template"], *(options[name] for name in shown)],
+        "tokenizer": [parts["tokenizer"], parts["eos_token"]],
+    }
+    return {name: text_hash(json.dumps(part, sort_keys=True)) for name, part in names.items()}
 
 
 def _is_whole(folder: Path) -> bool:
@@ -182,6 +197,7 @@ def _build(
     sources: list[RowSource],
     options: TokenizeOptions,
     tokenizer: PreTrainedTokenizerBase,
+    fingerprints: dict[str, str],
 ) -> None:
     """Make the cache in a folder beside it and rename that; the lock is held."""
     started = time.perf_counter()
@@ -191,6 +207,7 @@ def _build(
         with TokenWriter(partial) as writer:
             report = _tokenize(writer, args, sources, options, tokenizer)
             report["key"] = folder.name
+            report["fingerprints"] = fingerprints
             report["seconds"] = round(time.perf_counter() - started, 3)
             writer.finish(report)
         partial.rename(folder)
@@ -277,7 +294,8 @@ def _check_template(
     ]
     conversations = [sample for sample in parsed if isinstance(sample, Conversation)]
     try:
-        self_check(conversations, tokenizer, options.chat_format, limit=len(rows))
+        is_apart = not is_shipped(tokenizer.chat_template)
+        self_check(conversations, tokenizer, options.chat_format, len(rows), is_apart=is_apart)
     except ValueError as error:
         if not is_explicit:
             raise DataError(f"{tokenizer.name_or_path or 'tokenizer'}: {error}") from error

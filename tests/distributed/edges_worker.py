@@ -3,10 +3,13 @@
     torchrun --nproc-per-node N -m tests.distributed.edges_worker CASES.json
 
 EDGE_FULL_DISK_AT=S: rank 0's disk is full when the checkpoint of step S is published.
+EDGE_SMALL_FILES_AT=S: rank 1's files take 1,000 bytes and no more in the checkpoint of step S.
 EDGE_NAN_WEIGHT_AT=S: rank 1's part of a weight turns NaN before the checkpoint of step S.
 EDGE_NAN_GRADIENT_AT=S, EDGE_NAN_LOSS_AT=S: rank 1's backward pass or loss is NaN in step S.
 EDGE_WORSE_FROM=S: evaluations from step S on are worse than those before.
 {RANK} in an option becomes the rank.
+
+Each rank prints the files of its checkpoints that it has to read for their hash.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,8 @@ from typing import Any
 import torch
 
 from qwen3_sft import run
-from qwen3_sft.checkpoint import local_part
+from qwen3_sft.hashed_files import Ledger
+from qwen3_sft.held_state import local_part
 from qwen3_sft.trainer import SftTrainer
 from tests.distributed import worker
 
@@ -41,19 +46,31 @@ def _is_due(fault: str, step: int, rank: int = 1) -> bool:
 
 def _break_trainer() -> None:
     publish, save = SftTrainer._publish, SftTrainer._save_checkpoint
+    record = Ledger.record
     compute_loss, evaluate = SftTrainer.compute_loss, SftTrainer.evaluate
 
-    def failing_publish(self: Any, staging: Path, name: str) -> None:
+    def failing_publish(self: Any, staging: Path, *args: Any) -> None:
         if _is_due("EDGE_FULL_DISK_AT", self.state.global_step, rank=0):
             raise OSError(errno.ENOSPC, "No space left on device", str(staging))
-        publish(self, staging, name)
+        publish(self, staging, *args)
 
     def spoiled_save(self: Any, *args: Any) -> None:
         if _is_due("EDGE_NAN_WEIGHT_AT", self.state.global_step):
             with torch.no_grad():
                 largest = max(map(local_part, self.model.parameters()), key=torch.numel)
                 largest.view(-1)[-1] = math.nan
-        save(self, *args)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if _is_due("EDGE_SMALL_FILES_AT", self.state.global_step):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            save(self, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def told_record(self: Any, path: Path) -> None:
+        sys.stdout.write(f"read again: {self.name(path)}\n")
+        sys.stdout.flush()
+        record(self, path)
 
     def spoiled_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = compute_loss(self, *args, **kwargs)
@@ -71,6 +88,7 @@ def _break_trainer() -> None:
             metrics["eval_loss"] += 100
         return metrics
 
+    Ledger.record = told_record
     SftTrainer._publish, SftTrainer._save_checkpoint = failing_publish, spoiled_save
     SftTrainer.compute_loss, SftTrainer.evaluate = spoiled_loss, worse
 

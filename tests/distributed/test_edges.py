@@ -22,6 +22,12 @@ ONLY_MODEL = ("--save_only_model", "true")
 # Ranks that want another number of tokens.
 UNEVEN = ("--num_samples", 1, "--sample_max_new_tokens", "1{RANK}")
 BEST = ("--load_best_model_at_end", "true", "--save_total_limit", 1)
+# Of a checkpoint: what transformers and DeepSpeed write by themselves.
+SMALL_FILES = {
+    "chat_template.jinja", "config.json", "generation_config.json", "latest", "rng_state_0.pth",
+    "scheduler.pt", "tokenizer.json", "tokenizer_config.json", "trainer_state.json",
+    "zero_to_fp32.py", "zero_to_torch.py",
+}  # fmt: skip
 # Below the kernel's ephemeral ports, which a running tree takes at any time.
 PORTS = itertools.count(12_000 + os.getpid() % 8_000)
 
@@ -44,7 +50,7 @@ def run_edges(cases: Cases) -> tuple[dict[str, int], dict[str, str]]:  # noqa: F
     """Run on two processes; return exit codes and what each case printed."""
     for case in cases.cases:
         case["port"] = next(PORTS)
-        case["argv"] += ["--ddp_timeout", "60"]  # a rank that is left alone ends the test soon
+        case["argv"] += ["--dist_timeout_s", "60"]  # a rank that is left alone ends the test soon
     file = cases.root / "cases.json"
     file.write_text(json.dumps(cases.cases))
     done = run(
@@ -80,6 +86,8 @@ def test_edges(edges):
     add("other_rows", 1, None, *EP2, *FEW_ROWS, after="ep2")
     add("full_disk", 1, None, *NATIVE, environment={"EDGE_FULL_DISK_AT": "4"})
     for name, launch, *options in (("ddp", None), ("native", None, *NATIVE), ("zero3", "zero3")):
+        small = {"EDGE_SMALL_FILES_AT": "4"}
+        add(f"small_{name}", 1, launch, *options, environment=small)
         bad = {"EDGE_NAN_WEIGHT_AT": "4"}
         add(f"nan_{name}", 1, launch, *options, environment=bad)
     private = edges.root / "private_{RANK}"
@@ -88,6 +96,7 @@ def test_edges(edges):
     codes, printed = run_edges(edges)
     assert codes == expected, "\n".join(printed.values())
     check_messages(edges.root, printed)
+    check_read_again(printed)
     check_best(edges.root)
     check_skipped(edges.root)
     check_tied(edges.root)
@@ -100,20 +109,34 @@ def test_edges(edges):
 
 def check_messages(root, printed):
     """Each rank of a case that fails says why; the last words of one may come late."""
-    words = "".join(printed.values())
+    lines = "".join(printed.values()).splitlines()
+    words = "\n".join(line for line in lines if " ended after step " not in line)  # peers' words
     sentences = {
         "was saved with --save_only_model true and holds no optimizer": 1,
         "--save_only_model true: DeepSpeed's checkpoints hold the weights": 1,
-        "after steps of 4 rows, this run's have 2": 1,
+        "saved by a run that differs: global_batch_size 4 -> 2": 1,
         "step 4: no checkpoint was written, earlier ones are whole: OSError": 1,
         "holds NaN or Inf; no checkpoint was written": 3,
         "ranks 1 do not see": 1,
+        "earlier ones are whole: it takes about ": 3,
+        " rank 1: OSError: [Errno 27] File too large": 2,
     }
     for sentence, num_cases in sentences.items():
         assert words.count(sentence) == 2 * num_cases, f"{sentence}\n{words}"
-    for name in ("full_disk", "nan_ddp", "nan_native", "nan_zero3"):
-        found = [path.name for path in (root / name).glob("checkpoint-*")]
+    engines = ("ddp", "native", "zero3")
+    failed = ("full_disk", *(f"{fault}_{name}" for fault in ("nan", "small") for name in engines))
+    for name in failed:
+        found = [path.name for path in (root / name).iterdir() if path.is_dir()]
         assert found == ["checkpoint-2"], name
+
+
+def check_read_again(printed):
+    """Weights and optimizer states of all engines are hashed while they are written."""
+    for name, words in printed.items():
+        paths = [line.partition(": ")[2] for line in words.splitlines() if "read again: " in line]
+        files = {path.rpartition("/")[2].replace("_1.", "_0.") for path in paths}
+        assert files <= SMALL_FILES, (name, files - SMALL_FILES)
+    assert "read again: rng_state_1.pth" in printed["zero3"]
 
 
 def check_best(root):

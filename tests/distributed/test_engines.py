@@ -106,12 +106,18 @@ def cases(tokenizer, tmp_path):
 
 # The layer between the first and the last.
 FP8 = ("--fp8", "all", "--save_strategy", "no")
+# The same by the shipped recipe. What it sets beyond that is set back to what the other cases have.
+RECIPE = (
+    "--config", CONFIG / "recipe" / "qwen3_30b_a3b_fp8.yaml", "--save_strategy", "no",
+    "--per_device_train_batch_size", 1, "--weight_decay", 0, "--bf16", "false",
+    "--activation_checkpointing", "none", "--logging_steps", 1, "--dataloader_num_workers", 0,
+)  # fmt: skip
 
 
 def test_every_engine_equals_one_process(cases):
     cases.add("one")
     cases.add("one_after", after="one")
-    cases.add("fp8", None, *FP8)
+    cases.add("fp8", None, *RECIPE)
     codes, printed = cases.run(1)
     assert set(codes.values()) == {0}, printed
 
@@ -120,8 +126,8 @@ def test_every_engine_equals_one_process(cases):
     on_two = [case["name"] for case in cases.cases]
     cases.add("fp8_native", None, *NATIVE, *FP8)
     cases.add("fp8_ep2", None, *EP2, *FP8)
-    cases.add("fp8_fsdp", "fsdp", *FP8)
-    cases.add("fp8_zero3", "zero3", *FP8, environment=zero3)
+    cases.add("fp8_fsdp", "fsdp", *RECIPE)
+    cases.add("fp8_zero3", "zero3", *RECIPE, environment=zero3)
     in_fp8 = [case["name"] for case in cases.cases[len(on_two) :]]
     failing = ("refused", "bad_ep2", "bad_zero2", "bad_zero3")
     cases.add("refused", None, *NATIVE, after="zero3")

@@ -26,7 +26,7 @@ OPTIONS = (
 )  # fmt: skip
 TWELVE_STEPS = ("--max_steps", 12, "--save_steps", 2)
 WEIGHTS = "model/model.safetensors"
-DDP_TIMEOUT_S = 10
+DIST_TIMEOUT_S = 10
 
 
 @pytest.fixture(scope="module")
@@ -95,20 +95,20 @@ def test_cut_link_ends_both_nodes_in_time(nodes, inputs, tmp_path):
     folder = tmp_path / "run"
     parts = nodes.start(
         tmp_path, *inputs, "--max_steps", 100_000, "--num_train_epochs", 100_000, "--save_strategy",
-        "no", "--ddp_timeout", DDP_TIMEOUT_S, "--output_dir", folder,
+        "no", "--dist_timeout_s", DIST_TIMEOUT_S, "--output_dir", folder,
     )  # fmt: skip
     records = folder / "metrics.jsonl"
     wait_until(lambda: records.is_file() and len(records.read_text().splitlines()) > 2, parts)
     nodes.cut()
     start = time.monotonic()
     try:
-        codes = exit_codes(parts, timeout_s=DDP_TIMEOUT_S + 60)
+        codes = exit_codes(parts, timeout_s=DIST_TIMEOUT_S + 60)
     finally:
         nodes.mend()
-    assert time.monotonic() - start > DDP_TIMEOUT_S - 2, "ended before the timeout: something else"
+    assert time.monotonic() - start > DIST_TIMEOUT_S - 2, "ended before the timeout: something else"
     for rank, part in enumerate(parts):
         assert codes[rank] == 1, part.text()
-        assert f"Timed out waiting {DDP_TIMEOUT_S}000ms" in part.text()
+        assert f"Timed out waiting {DIST_TIMEOUT_S}000ms" in part.text()
         last = part.text().splitlines()[-1]
         assert last.startswith(f"node {rank} of 2 (198.51.100.{rank + 1}, rank {rank}) failed with")
         assert "start the same command on all nodes" in last

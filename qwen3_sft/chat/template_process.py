@@ -1,0 +1,97 @@
+"""A tokenizer's chat template, rendered by a process of its own with little time and memory.
+
+A template is a program that came with the model. Jinja's sandbox keeps it from Python and files,
+but not from looping for ever or making text without end. The process also sees none of the
+environment, where tokens are. It is this file run as a script, so it imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+CPU_S = 20
+MEMORY_BYTES = 1 << 30  # beyond what the process has when it begins to render
+MAX_CHARACTERS = 32 << 20  # of one conversation
+_START_S = 300  # imports on a busy machine
+
+
+def is_shipped(template: Any) -> bool:
+    """Whether a tokenizer's chat template is, to the letter, one that the installed TRL ships."""
+    shipped = files("trl").joinpath("chat_templates")
+    return any(
+        entry.read_text(encoding="utf-8") == template
+        for entry in shipped.iterdir()
+        if entry.name.endswith(".jinja")
+    )
+
+
+def render_apart(
+    template: str,
+    conversations: Sequence[dict[str, Any]],
+    variables: dict[str, str],
+    cpu_s: int = CPU_S,
+) -> list[str]:
+    """Return the text of each conversation.
+
+    Args:
+        template: Jinja source.
+        conversations: `messages` and `tools` of each, plain JSON values.
+        variables: what the template sees besides, the tokenizer's special tokens.
+        cpu_s: seconds of computing for all of them.
+
+    Raises:
+        ValueError: the template fails, or takes more time or memory than it may.
+    """
+    job = {"template": template, "conversations": conversations, "variables": variables}
+    command = [sys.executable, "-I", __file__, str(cpu_s)]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(job), capture_output=True, text=True, env={},
+            timeout=_START_S + cpu_s, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"its chat template took more than {_START_S + cpu_s} s") from None
+    if done.returncode < 0:
+        raise ValueError(f"its chat template took more than {cpu_s} s of computing, or was killed")
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ValueError(f"its chat template cannot be rendered: {lines[-1][:500]}")
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    """Render what standard input describes; write a JSON list of texts."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    job = json.load(sys.stdin)
+    _limit(int(sys.argv[1]))
+    texts = []
+    for conversation in job["conversations"]:
+        rendered: Any = render_jinja_template(
+            conversations=[conversation["messages"]], tools=conversation["tools"],
+            chat_template=job["template"], **job["variables"],
+        )  # fmt: skip
+        texts.append(rendered[0][0])
+        if len(texts[-1]) > MAX_CHARACTERS:
+            sys.exit(f"{len(texts[-1]):,} characters for one conversation")
+    json.dump(texts, sys.stdout)
+
+
+def _limit(cpu_s: int) -> None:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = int(used.ru_utime + used.ru_stime) + cpu_s
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
+    with open("/proc/self/statm", encoding="ascii") as file:
+        pages = int(file.read().split()[0])
+    memory = pages * resource.getpagesize() + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Options and data that a run must not go on with, or not begin with."""
+
+import json
+
+import pytest
+
+from tests.data_rows import sums
+from tests.e2e.test_faults import goes_on, options, site, whole  # noqa: F401 - fixtures
+from tests.faults import outcome, start
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def begun(site, tmp_path):  # noqa: F811
+    """A run that a signal ended after step 4 of 8."""
+    run = start(options(site, max_steps=4, lr_scheduler_type="constant"), tmp_path / "run")
+    assert run.end() == 0, run.words
+    (run.output / "summary.json").unlink()
+    return run.output
+
+
+@outcome(
+    "Batch size, data, template, row length, packing, held-out share or seed differ on resume",
+    "exit code 1, naming the field with both values; `--allow_change FIELD` goes on all the same",
+)
+@pytest.mark.parametrize(
+    ("field", "changed"),
+    [
+        ("global_batch_size", {"global_batch_size": 4}),
+        ("data", {}),
+        ("template", {"train_on": "last_assistant"}),
+        ("max_length", {"max_length": 192}),
+        ("packing", {"packing": "false"}),
+        ("eval_fraction", {"eval_fraction": 0.1}),
+        ("seed", {"seed": 7}),
+    ],
+)
+def test_changed_on_resume(site, begun, field, changed, tmp_path):  # noqa: F811
+    if field == "data":
+        other = tmp_path / "other.jsonl"
+        other.write_text("\n".join(map(json.dumps, sums(48))))
+        changed = {"dataset": other}
+    now = options(site, **{"max_steps": 6, "lr_scheduler_type": "constant"} | changed)
+    run = start(now, begun)
+    assert run.end() == 1, run.words
+    assert f"saved by a run that differs: {field} " in run.words
+    assert f"--allow_change {field}" in run.words
+    run = start([*now, "--allow_change", field], begun)
+    assert run.end() == 0, run.words
+    assert f"was saved with another {field}" in run.words
+
+
+@outcome(
+    "Learning rate, schedule or optimizer differ on resume",
+    "exit code 1: the checkpoint's would win, so that the new value would be ignored",
+)
+def test_another_learning_rate_on_resume(site, begun):  # noqa: F811
+    run = start(options(site, lr_scheduler_type="constant", learning_rate="2e-3"), begun)
+    assert run.end() == 1, run.words
+    assert "learning_rate 0.001 -> 0.002" in run.words
+
+
+@outcome("No step to train: no rows, or none that fit", "exit code 2 with the counts")
+def test_no_rows(site, tmp_path):  # noqa: F811
+    run = start(options(site, max_length=4, max_drop_fraction=1.0), tmp_path / "run")
+    assert run.end() == 2, run.words
+    assert "Traceback" not in run.words
+
+
+@outcome("No token carries a label", "exit code 2 before the model is loaded")
+def test_no_labels(site, tmp_path):  # noqa: F811
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}] * 20
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = start(
+        options(site, dataset=tmp_path / "rows.jsonl", max_drop_fraction=1.0), tmp_path / "run"
+    )
+    assert run.end() == 2, run.words
+    assert "Traceback" not in run.words
