@@ -67,8 +67,14 @@ def test_default_dtype_is_the_base_models(base, tmp_path):
         assert base_dtype(base) == torch.bfloat16
 
 
-@pytest.mark.parametrize("is_isolated", [False, True])
-@pytest.mark.parametrize("damage", [None, "weight", "key", "logits"])
+@pytest.mark.parametrize(
+    ("damage", "is_isolated"),
+    [
+        *((damage, False) for damage in (None, "weight", "key", "logits")),
+        *((damage, True) for damage in (None, "weight")),
+        *(pytest.param(damage, True, marks=pytest.mark.long) for damage in ("key", "logits")),
+    ],
+)
 def test_the_check_finds_what_differs(base, damage, is_isolated):
     model = AutoModelForCausalLM.from_pretrained(base)
     digests = {name: digest(tensor) for name, tensor in model.state_dict().items()}

@@ -193,8 +193,8 @@ def test_store_that_is_lost_with_its_rank(capfd):
     alone = PeerWatch()
     remote = PeerBoard.__new__(PeerBoard)
     remote.__dict__ |= watch.board.__dict__ | {"view": type(watch.board.view)(number=1)}
-    assert not any(alone.look(remote) for _ in range(30))
-    assert "has not answered for 30 s" in alone.look(remote)
+    assert not any(alone.look(remote) for _ in range(120))
+    assert "has not answered for 120 s" in alone.look(remote)
 
 
 # ---- the block ----

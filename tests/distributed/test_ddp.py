@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from qwen3_sft.demo.model import write_checkpoint
+from qwen3_sft.run import run_command
 from tests.commands import metrics, run, succeeds
 from tests.data_rows import sums
 
@@ -40,12 +41,24 @@ def inputs(tokenizer, tmp_path):
     )  # fmt: skip
 
 
-def test_accelerate_launch_trains_on_two_processes(inputs, tmp_path):
-    """The way in; that two processes equal one is tests/distributed/test_engines.py."""
-    succeeds(on_two_processes(*inputs, "--output_dir", tmp_path / "two"))
-    assert [record["step"] for record in metrics(tmp_path / "two")] == [1, 2]
+def test_accelerate_launch_trains_on_two_processes_and_one_goes_on(inputs, tmp_path):
+    """The way in, and a checkpoint of two processes; more is in tests/distributed/test_engines.py.
+
+    Two ranks' gradients are added as those of two micro-batches, up to the order of their sums.
+    """
+    words = (*inputs, "--max_steps", 4, "--save_steps", 2, "--global_batch_size", 2)
+    succeeds(on_two_processes(*words, "--output_dir", tmp_path / "two"))
+    assert [record["step"] for record in metrics(tmp_path / "two")] == [1, 2, 3, 4]
     environment = json.loads((tmp_path / "two" / "environment.json").read_text())
     assert (environment["world_size"], environment["engine"]["kind"]) == (2, "ddp")
+
+    one = (*words, "--output_dir", tmp_path / "one", "--resume", tmp_path / "two" / "checkpoint-2")
+    assert run_command([str(word) for word in one]) == 0
+    pairs = zip(metrics(tmp_path / "one"), metrics(tmp_path / "two")[2:], strict=True)
+    for alone, together in pairs:
+        assert alone["loss"] == pytest.approx(together["loss"], rel=1e-6)
+        for name in ("step", "tokens", "tokens_seen", "learning_rate", "skipped_steps"):
+            assert alone[name] == together[name], name
 
 
 def test_a_bad_row_ends_all_processes_with_its_place(inputs, tmp_path):

@@ -98,7 +98,7 @@ def operations(site, tmp_path_factory):
     "SIGKILL at any file operation of a save",
     "the next start takes the newest whole checkpoint and says which it passed over; exact",
 )
-@pytest.mark.parametrize("part", rest(range(6)))
+@pytest.mark.parametrize("part", rest(range(9)))
 def test_killed_at_every_file_operation_of_a_save(site, whole, operations, tmp_path, part):
     save = [i for i, line in enumerate(operations) if "checkpoint-8" in line]
     # Before each file that is touched for the first time, and before whatever moves or removes.
@@ -108,7 +108,7 @@ def test_killed_at_every_file_operation_of_a_save(site, whole, operations, tmp_p
         if operations[i] not in operations[save[0] : i] or not operations[i].startswith("open")
     ]
     assert len(boundaries) > 15
-    for at in boundaries[part::6]:
+    for at in boundaries[part::9]:
         output = tmp_path / str(at)
         run = start(options(site), output, Blow(output, after=output / "checkpoint-4", at=at))
         assert run.end() == -signal.SIGKILL, run.words

@@ -171,16 +171,16 @@ def test_a_mistake_ends_with_code_2_and_its_name(base, tmp_path, caplog, argumen
     assert named in caplog.text
 
 
-def test_resume_never_refuses_a_used_folder(base, tmp_path):
+def test_resume_never_refuses_a_used_folder(base, tmp_path, caplog):
     data, _ = sharegpt(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious.txt").touch()
-    result = cli(
-        "train", "--model_name_or_path", base, "--dataset", data, "--output_dir", tmp_path / "run",
+    words = (
+        "--model_name_or_path", base, "--dataset", data, "--output_dir", tmp_path / "run",
         "--resume", "never",
     )  # fmt: skip
-    assert result.returncode == 2
-    assert "precious.txt" in result.stdout
+    assert run_command([str(word) for word in words]) == 2
+    assert "precious.txt" in caplog.text
 
 
 def test_accelerate_launch_equals_the_command(base, tmp_path):
@@ -189,7 +189,7 @@ def test_accelerate_launch_equals_the_command(base, tmp_path):
         "--model_name_or_path", base, "--dataset", data, "--max_length", 256, "--max_steps", 2,
         "--data_cache_dir", tmp_path / "cache", "--save_strategy", "no",
     )  # fmt: skip
-    succeeds(cli("train", *common, "--output_dir", tmp_path / "a"))
+    train_here(*common, "--output_dir", tmp_path / "a")
     succeeds(
         run(
             sys.executable, "-m", "accelerate.commands.launch", "--config_file",
