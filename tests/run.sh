@@ -14,6 +14,6 @@ python -m ruff format --check .
 pyrefly check --summarize-errors
 shellcheck -x environment.sh qwen3_sft.sh qwen3_sft_multinode.sh examples/slurm.sbatch tests/run.sh .ci/run bench/gpu.sh bench/carry.sh
 
-# One thread per worker: the workers share the cores. One more than cores: some tests wait.
+# One thread per worker: the workers share the cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-exec python -m pytest -n "${PYTEST_WORKERS:-$(($(nproc) + 1))}" --dist worksteal -m "not gpu and not multi_gpu and not network and not learning and not long and not faults" "$@"
+exec python -m pytest -n "${PYTEST_WORKERS:-auto}" --dist worksteal -m "not gpu and not multi_gpu and not network and not learning and not long and not faults" "$@"
