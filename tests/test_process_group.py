@@ -69,7 +69,7 @@ def test_backend_on_cuda(monkeypatch, variables, expected):
     assert process_group.default_backend(has_cuda=False) == "gloo"
 
 
-@pytest.mark.distributed
+@pytest.mark.faults
 def test_one_timeout_for_every_group(tmp_path, free_port):
     """Also for groups that accelerate, transformers, meshes and DeepSpeed would create."""
     succeeds(run(

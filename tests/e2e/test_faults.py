@@ -98,7 +98,8 @@ def operations(site, tmp_path_factory):
     "SIGKILL at any file operation of a save",
     "the next start takes the newest whole checkpoint and says which it passed over; exact",
 )
-@pytest.mark.parametrize("part", rest(range(9)))
+@pytest.mark.faults
+@pytest.mark.parametrize("part", range(9))
 def test_killed_at_every_file_operation_of_a_save(site, whole, operations, tmp_path, part):
     save = [i for i, line in enumerate(operations) if "checkpoint-8" in line]
     # Before each file that is touched for the first time, and before whatever moves or removes.
