@@ -76,12 +76,13 @@ def goes_on(site, whole, output, expected, *, says=()):
 
 @outcome("SIGKILL between two steps", "the same command goes on from the last checkpoint, exactly")
 def test_killed_between_steps(site, whole, tmp_path):
-    run = start(options(site), tmp_path / "run")
-    run.wait_for(5)
-    run.hurt(signal.SIGKILL)
-    assert run.end() == -signal.SIGKILL
-    if not (tmp_path / "run" / "checkpoint-8").exists():
-        goes_on(site, whole, tmp_path / "run", 4)
+    output = tmp_path / "run"
+    # The sixth is where a record after the checkpoint's own is written.
+    blow = Blow(output, after=output / "checkpoint-4", at=6)
+    run = start(options(site), output, blow)
+    assert run.end() == -signal.SIGKILL, run.words
+    assert 4 < metrics(output)[-1]["step"] < 8
+    goes_on(site, whole, output, 4)
 
 
 @pytest.fixture(scope="session")
