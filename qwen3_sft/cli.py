@@ -137,9 +137,9 @@ def _export(argv: list[str]) -> int:
 
     import torch
 
-    from qwen3_sft.checkpoint import CheckpointError
     from qwen3_sft.export import export_model
     from qwen3_sft.export_check import ExportError
+    from qwen3_sft.manifest import CheckpointError
     from qwen3_sft.model import ModelError
     from qwen3_sft.whole_checkpoint import load_checkpoint
 

@@ -1,10 +1,11 @@
-"""Fixtures every test shares: a tiny Qwen3-MoE, its tokenizer, a fixed seed."""
+"""Fixtures every test shares: a tiny Qwen3-MoE, its tokenizer, a fixed seed, an idle process."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import random
+import subprocess
 import textwrap
 
 import numpy as np
@@ -54,3 +55,12 @@ def tiny_moe(tokenizer):
         head_dim=16,
     )
     return tiny_model(config)
+
+
+@pytest.fixture
+def child():
+    """A process that does nothing, to watch, stop and kill; it is gone after the test."""
+    process = subprocess.Popen(["sleep", "600"])
+    yield process
+    process.kill()
+    process.wait()

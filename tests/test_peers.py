@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import time
 from datetime import timedelta
 from functools import partial
@@ -15,23 +14,9 @@ from qwen3_sft import peers
 from qwen3_sft.peer_board import PeerBoard
 from qwen3_sft.peers import PeerWatch
 from qwen3_sft.process_state import State, host_id, process_id
+from tests.waiting import wait_until
 
 PERIOD_S = 0.02
-
-
-def wait_until(condition, timeout_s=10):
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "in vain"
-        time.sleep(0.005)
-
-
-@pytest.fixture
-def child():
-    process = subprocess.Popen(["sleep", "600"])
-    yield process
-    process.kill()
-    process.wait()
 
 
 @pytest.fixture

@@ -8,21 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_sft.process_state import ProcessId, State, process_id
-
-
-def wait_until(condition, timeout_s=10):
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "in vain"
-        time.sleep(0.005)
-
-
-@pytest.fixture
-def child():
-    process = subprocess.Popen(["sleep", "600"])
-    yield process
-    process.kill()
-    process.wait()
+from tests.waiting import wait_until
 
 
 def test_state_of_a_process(child):
