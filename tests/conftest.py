@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import random
@@ -64,3 +65,9 @@ def child():
     yield process
     process.kill()
     process.wait()
+
+
+def pytest_collection_finish():
+    """Keep what is imported out of garbage collections, of which every training run has several."""
+    gc.collect()
+    gc.freeze()

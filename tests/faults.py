@@ -10,7 +10,6 @@ a chosen file operation by an audit hook of its own.
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import resource
 import signal
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests import forked
 from tests.commands import ROOT, metrics
 
 DOCUMENT = ROOT / "docs" / "troubleshooting.md"
@@ -167,32 +167,22 @@ def start(argv: tuple, output: Path, blow: Blow | None = None, **environment: st
         blow: what the process does to itself.
         **environment: variables to set.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qwen3_sft.run", "tests.faults"])
     # Beside no run: its disk may be full or read-only.
     notes = Path(tempfile.mkdtemp(prefix="faults-"))
     log, operations = notes / "log", notes / "operations"
     words = [str(word) for word in (*argv, "--output_dir", output, "--use_cpu", "true")]
-    process = context.Process(target=_train, args=(words, log, operations, blow, environment))
-    process.start()
+    process = forked.start(
+        _train, words, operations, blow, out=log, err=log, environment={**os.environ, **environment}
+    )
     return Victim(process, log, output, operations)
 
 
-def _train(
-    argv: list[str], log: Path, operations: Path, blow: Blow | None, environment: dict[str, str]
-) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ.update(environment)
-    import torch
-
+def _train(argv: list[str], operations: Path, blow: Blow | None) -> int:
     from qwen3_sft import train
 
-    torch.set_num_threads(1)
     if blow is not None:
         blow.arm(operations)
-    sys.exit(train.main(argv))
+    return train.main(argv)
 
 
 if __name__ == "__main__":

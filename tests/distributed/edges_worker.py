@@ -1,7 +1,5 @@
 """The worker of tests/distributed/worker.py with faults that cases switch on in their environment.
 
-    torchrun --nproc-per-node N -m tests.distributed.edges_worker CASES.json
-
 EDGE_FULL_DISK_AT=S: rank 0's disk is full when the checkpoint of step S is published.
 EDGE_SMALL_FILES_AT=S: rank 1's files take 1,000 bytes and no more in the checkpoint of step S.
 EDGE_NAN_WEIGHT_AT=S: rank 1's part of a weight turns NaN before the checkpoint of step S.
@@ -91,7 +89,3 @@ def _break_trainer() -> None:
     Ledger.record = told_record
     SftTrainer._publish, SftTrainer._save_checkpoint = failing_publish, spoiled_save
     SftTrainer.compute_loss, SftTrainer.evaluate = spoiled_loss, worse
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

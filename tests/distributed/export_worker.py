@@ -1,7 +1,7 @@
 """One of the processes of `test_export_sharded.py`: exports one checkpoint from every engine.
 
-`torchrun --nproc_per_node 4 -m tests.distributed.export_worker BASE OUT` writes `OUT/CASE` and, for
-every rank, `OUT/CASE.RANK.json` with the error and what the case wants to be known.
+`main(BASE, OUT)` writes `OUT/CASE` and, for every rank, `OUT/CASE.RANK.json` with the error and
+what the case wants to be known.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from transformers.distributed import DistributedConfig
 from qwen3_sft import export, rank_zero
 from qwen3_sft.export_check import ExportError
 
-BASE, OUT = Path(sys.argv[1]), Path(sys.argv[2])
+BASE, OUT = Path(), Path()
 
 
 def load(**sizes: int) -> PreTrainedModel:
@@ -106,7 +105,9 @@ def long_check() -> None:
     record("signs", number=sum(signs), agreements=len(signs) - sum(signs))
 
 
-def main() -> None:
+def main(base: Path, out: Path) -> None:
+    global BASE, OUT
+    BASE, OUT = base, out
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     engines()
@@ -115,10 +116,3 @@ def main() -> None:
         zero3()
     long_check()
     dist.barrier()
-
-
-if __name__ == "__main__":
-    main()
-    # Past gloo's threads, which now and then abort a process that ends while they run.
-    sys.stdout.flush()
-    os._exit(0)

@@ -6,13 +6,14 @@ One tree of two processes runs all cases (tests/distributed/edges_worker.py).
 import itertools
 import json
 import os
-import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.commands import metrics, run
+from tests.commands import metrics
+from tests.distributed import edges_worker
 from tests.distributed.test_engines import EP2, FULL, NATIVE, Cases, cases, exported  # noqa: F401
+from tests.forked import run_ranks
 from tests.oracle import assert_close
 
 pytestmark = pytest.mark.distributed
@@ -53,10 +54,7 @@ def run_edges(cases: Cases) -> tuple[dict[str, int], dict[str, str]]:  # noqa: F
         case["argv"] += ["--dist_timeout_s", "60"]  # a rank that is left alone ends the test soon
     file = cases.root / "cases.json"
     file.write_text(json.dumps(cases.cases))
-    done = run(
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m",
-        "tests.distributed.edges_worker", file, PYTHONWARNINGS="ignore",
-    )  # fmt: skip
+    done = run_ranks(2, edges_worker.main, file, folder=cases.root)
     assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
     _, *parts = done.stdout.split("=== ")
     printed = {part.partition("\n")[0]: part for part in parts}

@@ -6,15 +6,16 @@ One tree of processes per number of processes runs all its cases (tests/distribu
 import json
 import random
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from qwen3_sft.demo.model import tiny_config, tiny_model
-from tests.commands import ROOT, metrics, run
+from tests.commands import ROOT, metrics
 from tests.data_rows import sums
+from tests.distributed import worker
+from tests.forked import run_ranks
 from tests.oracle import assert_close
 
 pytestmark = pytest.mark.distributed
@@ -75,11 +76,7 @@ class Cases:
         folder.mkdir()
         (folder / "cases.json").write_text(json.dumps(self.cases))
         self.cases = []
-        tree = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_processes)
-        done = run(
-            sys.executable, *(tree if num_processes > 1 else ()), "-m", "tests.distributed.worker",
-            folder / "cases.json", PYTHONWARNINGS="ignore",
-        )  # fmt: skip
+        done = run_ranks(num_processes, worker.main, folder / "cases.json", folder=folder)
         printed = done.stdout + done.stderr
         assert done.returncode == 0, printed[-8000:]
         return json.loads((folder / "codes.json").read_text()), printed

@@ -1,5 +1,4 @@
 import json
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -9,7 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from qwen3_sft.demo.model import write_checkpoint
 from qwen3_sft.export import export_model
-from tests.commands import run, succeeds
+from tests.commands import succeeds
+from tests.distributed import export_worker
+from tests.forked import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -34,11 +35,8 @@ def exports(tokenizer, tmp_path_factory):
     export_model(model, folder / "base", folder / "one_process")
     # DeepSpeed would look for a GPU; without the package the case is left out.
     environment = {"DS_ACCELERATOR": "cpu"} if find_spec("deepspeed") else {}
-    workers = run(
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-        len(RANKS), "-m", "tests.distributed.export_worker", folder / "base", folder, **environment,
-    )  # fmt: skip
-    succeeds(workers)
+    args = (folder / "base", folder)
+    succeeds(run_ranks(len(RANKS), export_worker.main, *args, folder=folder, **environment))
     return folder
 
 

@@ -1,7 +1,5 @@
 """Run many whole training runs in one tree of processes, because imports cost more than the runs.
 
-    torchrun --nproc-per-node N -m tests.distributed.worker CASES.json
-
 CASES.json is a list of {"name", "port", "launch", "environment", "notes", "argv"}: `launch` names
 a file of config/ or is null, `environment` is added to what it sets, `notes` is where each rank
 writes what it saw of the experts. Each case is what `accelerate launch --config_file
@@ -118,7 +116,3 @@ def _forget() -> None:
         from deepspeed.utils import groups
 
         comm.cdb = groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
