@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
+from qwen3_sft.data_workers import let_workers_outlive_signals
 from qwen3_sft.memory_trainer import MemoryTrainer
 from qwen3_sft.rank_zero import on_first_rank
 from qwen3_sft.run_folder import RunFolder
@@ -171,6 +172,12 @@ class InterruptibleTrainer(MemoryTrainer):
         """Listen to signals from the beginning of training at most until this ends."""
         with self.interruption:
             return super()._inner_training_loop(*args, **kwargs)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Have its workers leave signals to this process."""
+        loader: Any = super()._get_dataloader(*args, **kwargs)
+        let_workers_outlive_signals(loader.base_dataloader)
+        return loader
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """With `save_strategy best` this decides whether to save."""

@@ -36,7 +36,8 @@ LAYERS: tuple[tuple[str, str], ...] = (
     ("bytes", "manifest hashed_files safetensors_file hub_writer held_state save_space "
      "checkpoint_trust model_trust inert_pickle pickled_names"),
     ("facts", "packing flops hardware known_models samples data.tally logs full_tensors rank_zero "
-     "host_memory model_sizes optimizer_memory workers process_state peer_board secret_options"),
+     "host_memory model_sizes optimizer_memory workers process_state peer_board secret_options "
+     "data_workers"),
     ("packages", "data chat demo"),
 )  # fmt: skip
 

@@ -153,14 +153,22 @@ def test_one_of_two_ranks_is_signalled_and_the_run_goes_on(inputs, undisturbed, 
 
 
 @outcome(
+    "SIGTERM to every process at once, data workers included",
+    "the same",
+)
+@outcome(
     "A second signal, also during the save",
     "the save is finished; the second is ignored",
 )
 def test_every_process_is_signalled_twice(inputs, tmp_path):
-    """torchrun ends its workers when it gets SIGTERM itself: they have the time to save."""
+    """torchrun ends its workers when it gets SIGTERM itself: they have the time to save.
+
+    What loads their data is signalled as well.
+    """
     folder = tmp_path / "run"
-    run = on_two_processes(tmp_path, "log", inputs)
+    run = on_two_processes(tmp_path, "log", (*inputs, "--dataloader_num_workers", 2))
     run.wait_for(trains(folder))
+    run.wait_for(lambda: len(run.tree()) == 8)  # two launchers, two ranks, two workers each
     for _ in range(2):
         for process in run.tree():
             process.send_signal(signal.SIGTERM)
