@@ -113,7 +113,15 @@ def test_a_worker_that_does_not_train_yet_is_ended(tmp_path, number):
     assert launch(tmp_path, LOADS, number) == (128 + number, "")
 
 
-def test_ctrl_c_ends_a_worker_that_trains(tmp_path):
+@pytest.fixture
+def hears_ctrl_c():
+    """What is started here does, even if this is a shell's background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_a_worker_that_trains(hears_ctrl_c, tmp_path):
     """It keeps Python's handler of SIGINT."""
     assert launch(tmp_path, TRAINS, signal.SIGINT) == (128 + signal.SIGINT, "")
 
