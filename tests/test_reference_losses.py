@@ -7,22 +7,19 @@ import pytest
 from tests.commands import run, succeeds
 from tests.reference_losses import FOLDER, IMPLEMENTATIONS, STEPS, compare
 
-SLOW = ("scatter_moe_recompute", "eager", "batched_mm")
+# One process for each group: they run side by side.
+GROUPS = (
+    ("scatter_moe", "scatter_moe_recompute"),
+    ("grouped_mm", "eager"),
+    pytest.param(("batched_mm",), marks=pytest.mark.long),  # a minute
+)
 
 
-def check(*names):
+@pytest.mark.parametrize("names", GROUPS, ids=" ".join)
+def test_the_losses_in_git_are_met_bit_by_bit(names):
     words = succeeds(run(sys.executable, "-m", "tests.reference_losses", *names))
     for name in names:
         assert f"{name}: equal" in words
-
-
-def test_the_losses_in_git_are_met_bit_by_bit():
-    check(*(name for name in IMPLEMENTATIONS if name not in SLOW))
-
-
-@pytest.mark.long
-def test_those_of_the_slow_ones_too():
-    check(*SLOW)
 
 
 def test_a_change_of_one_bit_is_told():
