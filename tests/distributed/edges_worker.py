@@ -3,6 +3,7 @@
 EDGE_FULL_DISK_AT=S: rank 0's disk is full when the checkpoint of step S is published.
 EDGE_SMALL_FILES_AT=S: rank 1's files take 1,000 bytes and no more in the checkpoint of step S.
 EDGE_NAN_WEIGHT_AT=S: rank 1's part of a weight turns NaN before the checkpoint of step S.
+EDGE_SIGNAL_AT=S: rank 1 gets SIGUSR1 in step S.
 EDGE_NAN_GRADIENT_AT=S, EDGE_NAN_LOSS_AT=S: rank 1's backward pass or loss is NaN in step S.
 EDGE_WORSE_FROM=S: evaluations from step S on are worse than those before.
 {RANK} in an option becomes the rank.
@@ -16,6 +17,7 @@ import errno
 import math
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,8 @@ def _break_trainer() -> None:
     def spoiled_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = compute_loss(self, *args, **kwargs)
         step = self.state.global_step + 1
+        if _is_due("EDGE_SIGNAL_AT", step):
+            signal.raise_signal(signal.SIGUSR1)
         if _is_due("EDGE_NAN_GRADIENT_AT", step):
             loss.register_hook(lambda gradient: gradient * math.nan)
         if _is_due("EDGE_NAN_LOSS_AT", step):

@@ -74,6 +74,11 @@ def test_edges(edges):
     add("zero3", 0, "zero3", *BEST, "--max_steps", 6, environment={"EDGE_WORSE_FROM": "3"})
     add("tied", 0, "fsdp", *tied)
     add("tied_after", 0, "fsdp", *tied, after="tied")
+    add("zero2", 0, "zero2")
+    for name, launch, *options in (("tied", "fsdp", *tied), ("zero2", "zero2")):
+        options += ["--output_dir", edges.root / f"signal_{name}"]
+        add(f"signal_{name}", 75, launch, *options, environment={"EDGE_SIGNAL_AT": "3"})
+        add(f"signal_{name}_again", 0, launch, *options)
     for name, launch, *options in (("ddp", None), ("ep2", None, *EP2), ("zero2", "zero2")):
         bad = {"EDGE_NAN_GRADIENT_AT": "2"}
         add(f"skips_{name}", 0, launch, *options, environment=bad)
@@ -98,6 +103,8 @@ def test_edges(edges):
     check_best(edges.root)
     check_skipped(edges.root)
     check_tied(edges.root)
+    for name in ("tied", "zero2"):
+        check_interrupted(edges.root, name, printed[f"signal_{name}"])
     # A full state dict is a hub model: whole, in its place, and with the export's names.
     full = load_file(edges.root / "only_model" / "checkpoint-4" / "model.safetensors")
     last = exported(edges.root / "only_model")
@@ -162,3 +169,14 @@ def check_tied(root):
     whole, rest = exported(root / "tied"), exported(root / "tied_after")
     assert "lm_head.weight" not in whole
     assert all(whole[key].equal(rest[key]) for key in whole)
+
+
+def check_interrupted(root, name, words):
+    """One rank's signal has all save after that step; the same command then goes on, exactly."""
+    folder = root / f"signal_{name}"
+    assert f"interrupted by SIGUSR1 at step 3: saved {folder / 'checkpoint-3'}" in words
+    facts = ("loss", "grad_norm", "tokens_seen", "learning_rate")
+    found, expected = metrics(folder), metrics(root / name)
+    assert [[r[key] for key in facts] for r in found] == [[r[k] for k in facts] for r in expected]
+    whole, rest = exported(root / name), exported(folder)
+    assert all(whole[key].equal(rest[key]) for key in whole), name
