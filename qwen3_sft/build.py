@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import (
-    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -25,6 +24,7 @@ from qwen3_sft.checkpoint import step_of
 from qwen3_sft.collator import PackedCollator
 from qwen3_sft.completions import CompletionCallback, pick_prompts
 from qwen3_sft.data.prepare import TokenDataset
+from qwen3_sft.early_stopping import EarlyStopping
 from qwen3_sft.engine import Engine
 from qwen3_sft.hardware import device_info
 from qwen3_sft.isolation import check_isolation
@@ -167,7 +167,7 @@ def _callbacks(
     if args.stop_after_steps is not None:
         callbacks.append(StopAfter(args.stop_after_steps))
     if args.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+        callbacks.append(EarlyStopping())
     first = args.process_index == 0
     if eval_tokens is not None and args.num_samples and (first or plan.engine.shards_weights):
         prompts = pick_prompts(eval_tokens, tokenizer, args.num_samples, data.max_length)

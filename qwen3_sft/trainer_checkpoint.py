@@ -42,7 +42,7 @@ class CheckpointedTrainer(SavingTrainer):
         """Upstream trains one step too many when it resumes from the last checkpoint."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
+        if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, str], ...] = (
      "checkpoint_trust model_trust inert_pickle pickled_names"),
     ("facts", "packing flops hardware known_models samples data.tally logs full_tensors rank_zero "
      "host_memory model_sizes optimizer_memory workers process_state peer_board secret_options "
-     "data_workers"),
+     "data_workers early_stopping"),
     ("packages", "data chat demo"),
 )  # fmt: skip
 

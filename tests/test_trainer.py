@@ -89,22 +89,6 @@ def test_activation_checkpointing_changes_nothing(tiny_moe, tokenizer, tmp_path,
         assert_close(results[1][1][name], tensor, name=name)
 
 
-def test_early_stopping_ends_the_run_at_the_best(tiny_moe, tokenizer, tmp_path):
-    from transformers import EarlyStoppingCallback
-
-    trainer = make_trainer(
-        tiny_moe, tokenizer, tmp_path, eval_documents=Documents(3, len(tokenizer), seed=9),
-        max_steps=40, learning_rate=0.05, save_strategy="steps", save_steps=2,
-        eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
-        callbacks=(EarlyStoppingCallback(2),),
-    )  # fmt: skip
-    trainer.train()
-    losses = [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h]
-    assert trainer.state.global_step < 40
-    assert min(losses) == losses[-3] < min(losses[-2:])
-    assert trainer.evaluate()["eval_loss"] == losses[-3]
-
-
 class _Poison(TrainerCallback):
     """Multiply one gradient by NaN in the steps given, as an overflow would."""
 
