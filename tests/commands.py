@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,15 @@ def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.Co
         [str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True,
         timeout=600,
     )  # fmt: skip
+
+
+def free_port() -> int:
+    """Return a port below those that the system gives to outgoing connections in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def cli(*arguments: object, **environment: str) -> subprocess.CompletedProcess:

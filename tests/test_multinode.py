@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +18,7 @@ from qwen3_sft import node
 from qwen3_sft.accelerate_environment import accelerate_environment
 from qwen3_sft.cluster import VARIABLES, Cluster
 from qwen3_sft.recipe import UsageError
-from tests.commands import ROOT, run
+from tests.commands import ROOT, free_port, run
 
 # An address that documentation reserves: nobody's, and found without a name server.
 TWO = {
@@ -133,9 +132,7 @@ def launched(tmp_path_factory):
         ]  # fmt: skip
     found = {}
     for name, command in commands.items():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_port())
         flag = "--master-port" if name == "torchrun" else "--main_process_port"
         file = folder / f"{name}.env"
         done = subprocess.run(
@@ -222,9 +219,7 @@ def test_mistakes_end_before_nodes_meet(options, variables, message, monkeypatch
 
 @pytest.mark.distributed
 def test_code_of_the_run_comes_through_torchrun(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     done = start_node(
         "--model_name_or_path", "demo", "--dataset", tmp_path / "nothing.jsonl", "--use_cpu",
         "true", "--output_dir", tmp_path / "run", NNODES="1", NPROC_PER_NODE="1", MASTER_PORT=port,

@@ -1,5 +1,4 @@
 import json
-import socket
 import sys
 
 import pytest
@@ -9,14 +8,7 @@ from torch.distributed import distributed_c10d
 from qwen3_sft import process_group
 from qwen3_sft.process_group import ProcessGroupError, join_process_group, leave_process_group
 from qwen3_sft.recipe import UsageError
-from tests.commands import run, succeeds
-
-
-@pytest.fixture
-def free_port():
-    with socket.socket() as probe:  # tests run beside each other
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tests.commands import free_port, run, succeeds
 
 
 def test_alone_there_is_no_group(monkeypatch):
@@ -31,17 +23,18 @@ def test_timeout_must_be_positive():
         join_process_group(0)
 
 
-def test_says_who_waited_where(monkeypatch, free_port):
+def test_says_who_waited_where(monkeypatch):
+    port = free_port()
     for name, value in (
         ("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", str(free_port)),
+        ("MASTER_PORT", str(port)),
     ):  # fmt: skip
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(process_group, "_JOIN_AT_LEAST_S", 1)
     before = distributed_c10d.default_pg_timeout
     with pytest.raises(ProcessGroupError) as caught:
         join_process_group(0.5)
-    assert f"rank 0 waited 1 s at 127.0.0.1:{free_port} and not all of the 2" in str(caught.value)
+    assert f"rank 0 waited 1 s at 127.0.0.1:{port} and not all of the 2" in str(caught.value)
     assert "--dist_timeout_s" in str(caught.value)
     assert not dist.is_initialized()
     assert distributed_c10d.default_pg_timeout == before
@@ -70,11 +63,11 @@ def test_backend_on_cuda(monkeypatch, variables, expected):
 
 
 @pytest.mark.faults
-def test_one_timeout_for_every_group(tmp_path, free_port):
+def test_one_timeout_for_every_group(tmp_path):
     """Also for groups that accelerate, transformers, meshes and DeepSpeed would create."""
     succeeds(run(
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port",
-        free_port, "-m", "tests.process_group_worker", tmp_path,
+        free_port(), "-m", "tests.process_group_worker", tmp_path,
     ))  # fmt: skip
     for rank in (0, 1):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())

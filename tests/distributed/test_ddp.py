@@ -1,12 +1,11 @@
 import json
-import socket
 import sys
 
 import pytest
 
 from qwen3_sft.demo.model import write_checkpoint
 from qwen3_sft.run import run_command
-from tests.commands import metrics, run, succeeds
+from tests.commands import free_port, metrics, run, succeeds
 from tests.data_rows import sums
 
 pytestmark = pytest.mark.distributed
@@ -20,12 +19,9 @@ TRAIN = (
 
 def on_two_processes(*options):
     """Launch as on two GPUs, with gloo between the processes."""
-    with socket.socket() as free:  # tests run beside each other
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     return run(
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", "config/ddp.json",
-        "--num_processes", 2, "--main_process_port", port, "-m", "qwen3_sft.train", *options,
+        "--num_processes", 2, "--main_process_port", free_port(), "-m", "qwen3_sft.train", *options,
         "--ddp_backend", "gloo",
     )  # fmt: skip
 

@@ -3,9 +3,7 @@
 One tree of two processes runs all cases (tests/distributed/edges_worker.py).
 """
 
-import itertools
 import json
-import os
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -29,8 +27,6 @@ SMALL_FILES = {
     "scheduler.pt", "tokenizer.json", "tokenizer_config.json", "trainer_state.json",
     "zero_to_fp32.py", "zero_to_torch.py",
 }  # fmt: skip
-# Below the kernel's ephemeral ports, which a running tree takes at any time.
-PORTS = itertools.count(12_000 + os.getpid() % 8_000)
 
 
 @pytest.fixture
@@ -50,7 +46,6 @@ def edges(cases):  # noqa: F811
 def run_edges(cases: Cases) -> tuple[dict[str, int], dict[str, str]]:  # noqa: F811
     """Run on two processes; return exit codes and what each case printed."""
     for case in cases.cases:
-        case["port"] = next(PORTS)
         case["argv"] += ["--dist_timeout_s", "60"]  # a rank that is left alone ends the test soon
     file = cases.root / "cases.json"
     file.write_text(json.dumps(cases.cases))

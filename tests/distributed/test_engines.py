@@ -4,15 +4,13 @@ One tree of processes per number of processes runs all its cases (tests/distribu
 """
 
 import json
-import random
-import socket
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from qwen3_sft.demo.model import tiny_config, tiny_model
-from tests.commands import ROOT, metrics
+from tests.commands import ROOT, free_port, metrics
 from tests.data_rows import sums
 from tests.distributed import worker
 from tests.forked import run_ranks
@@ -42,15 +40,6 @@ TOO_FAST = (
 )  # fmt: skip
 
 
-def free_port() -> int:
-    """Return a port below those that the system gives to outgoing connections in the meantime."""
-    while True:
-        port = random.SystemRandom().randrange(12_000, 32_000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-
-
 class Cases:
     """Runs to do in one tree of processes, each into a folder of its own."""
 
@@ -62,11 +51,11 @@ class Cases:
         if after is not None:
             argv = (*argv, "--resume", self.root / after / "checkpoint-2")
         words = (*self.inputs, *TRAIN, "--output_dir", self.root / name, *argv)
-        port = free_port()
         self.cases.append(
             {
-                "name": name, "port": port, "launch": launch, "environment": environment or {},
-                "notes": str(self.root / f"{name}.notes"), "argv": [str(word) for word in words],
+                "name": name, "port": free_port(), "launch": launch,
+                "environment": environment or {}, "notes": str(self.root / f"{name}.notes"),
+                "argv": [str(word) for word in words],
             }
         )  # fmt: skip
 

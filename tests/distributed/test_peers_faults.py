@@ -1,23 +1,16 @@
 """One rank of two is killed, stopped or fails: everything ends soon, with the rank and its step."""
 
 import re
-import socket
 
 import pytest
 
+from tests.commands import free_port
 from tests.distributed.rank_faults import ACCELERATE, TORCHRUN, start
 from tests.faults import outcome
 
 pytestmark = pytest.mark.faults
 
 LIMIT_S = 60
-
-
-@pytest.fixture
-def free_port():
-    with socket.socket() as probe:  # tests run beside each other
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @outcome(
@@ -47,8 +40,8 @@ def test_stopped_rank_is_named_and_killed(tmp_path, rank):
 
 @outcome("the same for the rank that holds the store", "the same")
 @pytest.mark.parametrize("fault", ["kill", "stop"])
-def test_rank_that_holds_the_store_is_named(tmp_path, free_port, fault):
-    with start(tmp_path, FAULTS_STORE_PORT=free_port) as hurt:
+def test_rank_that_holds_the_store_is_named(tmp_path, fault):
+    with start(tmp_path, FAULTS_STORE_PORT=str(free_port())) as hurt:
         hurt.wait_for_step(3)
         getattr(hurt, fault)(0)
         found = r"rank 0 \(process \d+ on \S+\) (?:died|has been stopped for 10 s) after step (\d+)"
@@ -85,9 +78,10 @@ def ended(hurt, sentence):
     "a rank in a long call, or done seconds before another",
     "no alarm: the run goes on, exit code 0",
 )
-def test_busy_and_late_ranks_are_no_alarm(tmp_path, free_port):
+def test_busy_and_late_ranks_are_no_alarm(tmp_path):
     """A lock is held for longer than a stopped process is waited for; one rank leaves early."""
-    slow = {"FAULTS_HOLD_LOCK_S": "15", "FAULTS_LEAVE_LATE_S": "4", "FAULTS_STORE_PORT": free_port}
+    port = str(free_port())
+    slow = {"FAULTS_HOLD_LOCK_S": "15", "FAULTS_LEAVE_LATE_S": "4", "FAULTS_STORE_PORT": port}
     with start(tmp_path, "--max_steps", 3, **slow) as run:
         assert run.process.wait(timeout=240) == 0, run.text()[-8000:]
         assert run.steps() == 3

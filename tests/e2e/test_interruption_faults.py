@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import pytest
 
 from qwen3_sft.demo.model import write_checkpoint
 from qwen3_sft.manifest import verify
-from tests.commands import ROOT, metrics
+from tests.commands import ROOT, free_port, metrics
 from tests.data_rows import sums
 from tests.faults import outcome
 
@@ -30,12 +29,6 @@ OPTIONS = (
 GLOO = ("--ddp_backend", "gloo")
 WEIGHTS = "model/model.safetensors"
 COMPARED = ("loss", "grad_norm", "tokens", "learning_rate")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
