@@ -29,8 +29,8 @@ BEGIN, END = "<!-- faults: written by python -m tests.faults -->", "<!-- end of 
 # Whoever injects a fault says so with `outcome`; their order is the table's.
 MODULES = (
     "tests.e2e.test_faults", "tests.e2e.test_interruption_faults", "tests.e2e.test_faulty_options",
-    "tests.distributed.test_peers_faults", "tests.test_trainer", "tests.test_checkpoint",
-    "tests.test_reporters", "tests.test_security",
+    "tests.distributed.test_peers_faults", "tests.distributed.test_save_faults",
+    "tests.test_trainer", "tests.test_checkpoint", "tests.test_reporters", "tests.test_security",
 )  # fmt: skip
 
 Test = TypeVar("Test", bound=Callable[..., Any])

@@ -18,6 +18,7 @@ from typing import Any
 
 from tests.commands import free_port
 
+PRINTED = ("out", "err")
 _PRELOAD = ("qwen3_sft.run", "tests.faults")
 
 
@@ -68,19 +69,11 @@ def run_ranks(
         number: of ranks; one has no such variables.
         function: of a module that can be imported; what it returns is the exit code.
         *args: that can be pickled.
-        folder: for what they print.
+        folder: a new one, for what they print.
         timeout_s: after it, and when one has failed, the others are killed.
         **environment: further variables.
     """
-    out, err = folder / f"printed.{number}.out", folder / f"printed.{number}.err"
-    out.touch()
-    err.touch()
-    port = free_port()
-    ranks = [
-        start(function, *args, out=out, err=err,
-              environment={**os.environ, **_torchrun(rank, number, port), **environment})
-        for rank in range(number)
-    ]  # fmt: skip
+    ranks = start_ranks(number, function, *args, folder=folder, **environment)
     end = time.monotonic() + timeout_s
     while any(rank.exitcode is None for rank in ranks):
         if any(rank.exitcode for rank in ranks) or time.monotonic() > end:
@@ -88,8 +81,24 @@ def run_ranks(
                 rank.kill()
         time.sleep(0.02)
     codes = [rank.exitcode or 0 for rank in ranks]
-    printed = [file.read_text(errors="replace") for file in (out, err)]
+    printed = [(folder / name).read_text(errors="replace") for name in PRINTED]
     return subprocess.CompletedProcess(str(function), next(filter(None, codes), 0), *printed)
+
+
+def start_ranks(
+    number: int, function: Callable[..., Any], *args: object, folder: Path, **environment: str
+) -> list[BaseProcess]:
+    """Start what `run_ranks` runs; what they print goes to the files `PRINTED` of a new folder."""
+    folder.mkdir(parents=True)
+    out, err = (folder / name for name in PRINTED)
+    out.touch()
+    err.touch()
+    port = free_port()
+    return [
+        start(function, *args, out=out, err=err,
+              environment={**os.environ, **_torchrun(rank, number, port), **environment})
+        for rank in range(number)
+    ]  # fmt: skip
 
 
 def _torchrun(rank: int, number: int, port: int) -> dict[str, str]:

@@ -31,13 +31,13 @@ from qwen3_sft.trainer import SftTrainer
 from tests.distributed import worker
 
 
-def main(cases_file: Path) -> int:
+def main(cases: list[dict[str, Any]], folder: Path) -> int:
     """Install the faults, then run the cases."""
     _break_trainer()
     original = run.run_command
     rank = os.environ.get("RANK", "0")
     run.run_command = lambda argv: original([word.replace("{RANK}", rank) for word in argv])
-    return worker.main(cases_file)
+    return worker.main(cases, folder)
 
 
 def _is_due(fault: str, step: int, rank: int = 1) -> bool:

@@ -13,7 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -108,7 +107,6 @@ def long_check() -> None:
 def main(base: Path, out: Path) -> None:
     global BASE, OUT
     BASE, OUT = base, out
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     engines()
     failures()

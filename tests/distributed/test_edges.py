@@ -47,13 +47,12 @@ def run_edges(cases: Cases) -> tuple[dict[str, int], dict[str, str]]:  # noqa: F
     """Run on two processes; return exit codes and what each case printed."""
     for case in cases.cases:
         case["argv"] += ["--dist_timeout_s", "60"]  # a rank that is left alone ends the test soon
-    file = cases.root / "cases.json"
-    file.write_text(json.dumps(cases.cases))
-    done = run_ranks(2, edges_worker.main, file, folder=cases.root)
+    folder = cases.root / "on_2"
+    done = run_ranks(2, edges_worker.main, cases.cases, folder, folder=folder)
     assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
     _, *parts = done.stdout.split("=== ")
     printed = {part.partition("\n")[0]: part for part in parts}
-    return json.loads((cases.root / "codes.json").read_text()), printed
+    return json.loads((folder / "codes.json").read_text()), printed
 
 
 def test_edges(edges):

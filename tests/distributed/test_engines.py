@@ -62,10 +62,8 @@ class Cases:
     def run(self, num_processes: int) -> tuple[dict[str, int], str]:
         """Return the exit codes by name and everything that was printed."""
         folder = self.root / f"on_{num_processes}"
-        folder.mkdir()
-        (folder / "cases.json").write_text(json.dumps(self.cases))
-        self.cases = []
-        done = run_ranks(num_processes, worker.main, folder / "cases.json", folder=folder)
+        cases, self.cases = self.cases, []
+        done = run_ranks(num_processes, worker.main, cases, folder, folder=folder)
         printed = done.stdout + done.stderr
         assert done.returncode == 0, printed[-8000:]
         return json.loads((folder / "codes.json").read_text()), printed

@@ -36,7 +36,9 @@ def exports(tokenizer, tmp_path_factory):
     # DeepSpeed would look for a GPU; without the package the case is left out.
     environment = {"DS_ACCELERATOR": "cpu"} if find_spec("deepspeed") else {}
     args = (folder / "base", folder)
-    succeeds(run_ranks(len(RANKS), export_worker.main, *args, folder=folder, **environment))
+    succeeds(
+        run_ranks(len(RANKS), export_worker.main, *args, folder=folder / "printed", **environment)
+    )
     return folder
 
 

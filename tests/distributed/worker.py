@@ -1,9 +1,9 @@
 """Run many whole training runs in one tree of processes, because imports cost more than the runs.
 
-CASES.json is a list of {"name", "port", "launch", "environment", "notes", "argv"}: `launch` names
-a file of config/ or is null, `environment` is added to what it sets, `notes` is where each rank
-writes what it saw of the experts. Each case is what `accelerate launch --config_file
-config/LAUNCH.json -m qwen3_sft.train ARGV` would run, on the CPU.
+A case is {"name", "port", "launch", "environment", "notes", "argv"}: `launch` names a file of
+config/ or is None, `environment` is added to what it sets, `notes` is where each rank writes what
+it saw of the experts. It is what `accelerate launch --config_file config/LAUNCH.json -m
+qwen3_sft.train ARGV` would run, on the CPU.
 """
 
 from __future__ import annotations
@@ -17,36 +17,51 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from qwen3_sft.accelerate_environment import accelerate_environment
 from qwen3_sft.logs import set_up_logging
 from tests.distributed.exact_norm import sum_in_float64
 from tests.distributed.observe import watched_experts
+from tests.faults import Blow
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
 
 
-def main(cases_file: Path) -> int:
-    """Run the cases one after another; the exit code of each goes to `codes.json`."""
+def main(cases: list[dict[str, Any]], folder: Path) -> int:
+    """Run the cases one after another; the exit code of each goes to `codes.json` in the folder."""
+    prepare()
+    codes = {}
+    for case in cases:
+        logging.getLogger("qwen3_sft").info("=== %s", case["name"])
+        codes[case["name"]] = run_case(case)
+        _forget()
+        if os.environ.get("RANK", "0") == "0":
+            (folder / "codes.json").write_text(json.dumps(codes))
+    return 0
+
+
+def run_and_fall(case: dict[str, Any], rank: int, blow: Blow, operations: Path) -> int:
+    """Run one case, in which one rank deals itself a blow."""
+    prepare()
+    if os.environ["RANK"] == str(rank):
+        blow.arm(operations)
+    return run_case(case)
+
+
+def run_case(case: dict[str, Any]) -> int:
+    """Return the exit code of one case."""
     from qwen3_sft.run import run_command
 
-    torch.set_num_threads(1)
+    with _environment(case), watched_experts(Path(case["notes"])):
+        return run_command([*case["argv"], *_device(case["launch"])])
+
+
+def prepare() -> None:
+    """Let CPUs do what the engines do on GPUs."""
     set_up_logging()
     sum_in_float64()
     _let_accelerate_shard_on_a_cpu()
-    # Each case meets at a port of its own: groups of the same name in one store would mix.
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    codes = {}
-    for case in json.loads(cases_file.read_text()):
-        logging.getLogger("qwen3_sft").info("=== %s", case["name"])
-        with _environment(case), watched_experts(Path(case["notes"])):
-            codes[case["name"]] = run_command([*case["argv"], *_device(case["launch"])])
-        _forget()
-        if os.environ.get("RANK", "0") == "0":
-            cases_file.with_name("codes.json").write_text(json.dumps(codes))
-    return 0
 
 
 @contextmanager
