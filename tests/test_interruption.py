@@ -14,12 +14,11 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from qwen3_sft.demo.model import write_checkpoint
 from qwen3_sft.interruption import Interrupted
 from qwen3_sft.manifest import CheckpointError, verify
 from qwen3_sft.run import run_command
 from tests.commands import metrics
-from tests.data_rows import sums
+from tests.run_inputs import write_inputs
 from tests.training import Documents, make_trainer, weights
 
 STEPS = 5
@@ -236,12 +235,9 @@ def test_a_failed_save_is_told_as_such(tiny_moe, tokenizer, tmp_path, former):
 
 
 def test_a_command_ends_with_75_and_goes_on(tokenizer, tmp_path, caplog):
-    write_checkpoint(tmp_path / "base", tokenizer)
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, sums(40))))
     out = tmp_path / "run"
     command = [
-        "--model_name_or_path", tmp_path / "base", "--dataset", tmp_path / "rows.jsonl",
-        "--data_cache_dir", tmp_path / "cache", "--output_dir", out, "--max_length", 64,
+        *write_inputs(tmp_path, tokenizer), "--output_dir", out, "--max_length", 64,
         "--max_steps", 100, "--num_train_epochs", 100, "--use_cpu", "true", "--num_samples", 0,
         "--save_strategy", "no", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant",
     ]  # fmt: skip

@@ -9,9 +9,9 @@ from tests.reference_losses import FOLDER, IMPLEMENTATIONS, STEPS, compare
 
 # One process for each group: they run side by side.
 GROUPS = (
-    ("scatter_moe", "scatter_moe_recompute"),
-    ("grouped_mm", "eager"),
-    pytest.param(("batched_mm",), marks=pytest.mark.long),  # a minute
+    IMPLEMENTATIONS[:2],
+    IMPLEMENTATIONS[2:4],
+    pytest.param(IMPLEMENTATIONS[4:], marks=pytest.mark.long),  # batched_mm takes a minute
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,96 +22,96 @@ from transformers.distributed import DistributedConfig
 from qwen3_sft import export, rank_zero
 from qwen3_sft.export_check import ExportError
 
-BASE, OUT = Path(), Path()
 
+@dataclass(frozen=True)
+class Exports:
+    """The base model and the folder that all is written to."""
 
-def load(**sizes: int) -> PreTrainedModel:
-    config = {"distributed_config": DistributedConfig(**sizes)} if sizes else {}
-    return AutoModelForCausalLM.from_pretrained(BASE, **config)
+    base: Path
+    out: Path
 
+    def load(self, **sizes: int) -> PreTrainedModel:
+        config = {"distributed_config": DistributedConfig(**sizes)} if sizes else {}
+        return AutoModelForCausalLM.from_pretrained(self.base, **config)
 
-def sharded() -> PreTrainedModel:
-    model = load()
-    for layer in model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
+    def sharded(self) -> PreTrainedModel:
+        model = self.load()
+        for layer in model.model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
 
+    def record(self, case: str, **facts: Any) -> None:
+        (self.out / f"{case}.{dist.get_rank()}.json").write_text(json.dumps(facts))
 
-def record(case: str, **facts: Any) -> None:
-    (OUT / f"{case}.{dist.get_rank()}.json").write_text(json.dumps(facts))
+    def attempt(self, case: str, model: Any, **options: Any) -> None:
+        """Export, and record what this rank was told."""
+        parameter = model.get_parameter("model.layers.0.mlp.experts.gate_up_proj")
+        placements = str(getattr(parameter, "placements", None))
+        error = None
+        try:
+            export.export_model(model, self.base, self.out / case, **options)
+        except ExportError as raised:
+            error = str(raised)
+        self.record(case, error=error, placements=placements, numel=parameter.numel())
 
+    def engines(self) -> None:
+        self.attempt("fsdp4_ep2", self.load(fsdp_size=4, ep_size=2))
+        self.attempt("hsdp_ep2", self.load(fsdp_size=2, dp_replicate_size=2, ep_size=2))
+        self.attempt("fully_shard", self.sharded(), max_shard_bytes=1_000_000)
 
-def attempt(case: str, model: Any, **options: Any) -> None:
-    """Export, and record what this rank was told."""
-    parameter = model.get_parameter("model.layers.0.mlp.experts.gate_up_proj")
-    placements = str(getattr(parameter, "placements", None))
-    error = None
-    try:
-        export.export_model(model, BASE, OUT / case, **options)
-    except ExportError as raised:
-        error = str(raised)
-    record(case, error=error, placements=placements, numel=parameter.numel())
+    def failures(self) -> None:
+        """What goes wrong on rank 0 only, before anything is written and in the middle."""
+        model = self.sharded()
+        if dist.get_rank() == 0:
+            (self.out / "a_file").touch()
+        self.attempt("a_file", model)
+        if dist.get_rank() == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        self.attempt("disk", model, max_shard_bytes=200_000)
+        if dist.get_rank() == 0:
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            )
 
+    def zero3(self) -> None:
+        import deepspeed
 
-def engines() -> None:
-    attempt("fsdp4_ep2", load(fsdp_size=4, ep_size=2))
-    attempt("hsdp_ep2", load(fsdp_size=2, dp_replicate_size=2, ep_size=2))
-    attempt("fully_shard", sharded(), max_shard_bytes=1_000_000)
+        # DeepSpeed's shared-memory collectives would be compiled for minutes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("gloo", verbose=False)
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        }
+        model = self.load()
+        with deepspeed.zero.Init(module=model, config_dict_or_path=config):
+            pass
+        engine, *_ = deepspeed.initialize(model=model, config=config)
+        self.attempt("zero3", engine.module)
 
+    def long_check(self) -> None:
+        """Rank 0 gives signs of life while it checks; count those that arrive."""
+        broadcast, signs = rank_zero._broadcast, []
 
-def failures() -> None:
-    """What goes wrong on rank 0 only, before anything is written and in the middle."""
-    model = sharded()
-    if dist.get_rank() == 0:
-        (OUT / "a_file").touch()
-    attempt("a_file", model)
-    if dist.get_rank() == 0:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    attempt("disk", model, max_shard_bytes=200_000)
-    if dist.get_rank() == 0:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        def counting(message: list[Any]) -> list[Any]:
+            message = broadcast(message)
+            signs.append(not message[0])
+            return message
 
-
-def zero3() -> None:
-    import deepspeed
-
-    # DeepSpeed's shared-memory collectives would be compiled for minutes.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", verbose=False)
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    }
-    model = load()
-    with deepspeed.zero.Init(module=model, config_dict_or_path=config):
-        pass
-    engine, *_ = deepspeed.initialize(model=model, config=config)
-    attempt("zero3", engine.module)
-
-
-def long_check() -> None:
-    """Rank 0 gives signs of life while it checks; count those that arrive."""
-    broadcast, signs = rank_zero._broadcast, []
-
-    def counting(message: list[Any]) -> list[Any]:
-        message = broadcast(message)
-        signs.append(not message[0])
-        return message
-
-    rank_zero._broadcast = counting
-    export._SIGN_OF_LIFE_S = 0.5
-    export.is_deepspeed_zero3_enabled = lambda: True  # so that the check is a process, as on a GPU
-    attempt("long_check", load())
-    record("signs", number=sum(signs), agreements=len(signs) - sum(signs))
+        rank_zero._broadcast = counting
+        export._SIGN_OF_LIFE_S = 0.5
+        # The check is a process then, as on a GPU.
+        export.is_deepspeed_zero3_enabled = lambda: True
+        self.attempt("long_check", self.load())
+        self.record("signs", number=sum(signs), agreements=len(signs) - sum(signs))
 
 
 def main(base: Path, out: Path) -> None:
-    global BASE, OUT
-    BASE, OUT = base, out
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    engines()
-    failures()
+    exports = Exports(base, out)
+    exports.engines()
+    exports.failures()
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        zero3()
-    long_check()
+        exports.zero3()
+    exports.long_check()
     dist.barrier()

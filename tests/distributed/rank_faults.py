@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import random
 import signal
@@ -18,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from qwen3_sft.demo.model import train_tokenizer, write_checkpoint
+from qwen3_sft.demo.model import train_tokenizer
 from tests.commands import ROOT
-from tests.data_rows import sums
+from tests.run_inputs import write_inputs
 
 WORKER = "tests.distributed.rank_faults_worker"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -111,14 +110,11 @@ def start(
         **variables: environment variables, see tests/distributed/rank_faults_worker.py.
     """
     tokenizer = train_tokenizer([inspect.getsource(textwrap), inspect.getsource(random)], 1024)
-    write_checkpoint(root / "base", tokenizer)
-    (root / "rows.jsonl").write_text("\n".join(map(json.dumps, sums(40))))
     words = [
-        *launcher, "-m", WORKER, "--model_name_or_path", root / "base", "--dataset",
-        root / "rows.jsonl", "--data_cache_dir", root / "cache_{RANK}", "--output_dir",
-        root / "run", "--max_length", 64, "--global_batch_size", 8, "--num_samples", 0, "--use_cpu",
-        "true", "--ddp_backend", "gloo", "--save_strategy", "no", "--num_train_epochs", 100_000,
-        *options,
+        *launcher, "-m", WORKER, *write_inputs(root, tokenizer), "--data_cache_dir",
+        root / "cache_{RANK}", "--output_dir", root / "run", "--max_length", 64,
+        "--global_batch_size", 8, "--num_samples", 0, "--use_cpu", "true", "--ddp_backend", "gloo",
+        "--save_strategy", "no", "--num_train_epochs", 100_000, *options,
     ]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     with (root / "output").open("w") as output:

@@ -3,10 +3,9 @@ import sys
 
 import pytest
 
-from qwen3_sft.demo.model import write_checkpoint
 from qwen3_sft.run import run_command
 from tests.commands import free_port, metrics, run, succeeds
-from tests.data_rows import sums
+from tests.run_inputs import write_inputs
 
 pytestmark = pytest.mark.distributed
 
@@ -28,13 +27,7 @@ def on_two_processes(*options):
 
 @pytest.fixture
 def inputs(tokenizer, tmp_path):
-    write_checkpoint(tmp_path / "base", tokenizer)
-    data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(map(json.dumps, sums(40))))
-    return (
-        "--model_name_or_path", tmp_path / "base", "--dataset", data,
-        "--data_cache_dir", tmp_path / "cache", *TRAIN,
-    )  # fmt: skip
+    return (*write_inputs(tmp_path, tokenizer), *TRAIN)
 
 
 def test_accelerate_launch_trains_on_two_processes_and_one_goes_on(inputs, tmp_path):

@@ -20,7 +20,7 @@ FACTS = ("step", "loss", "grad_norm", "tokens_seen")
 
 
 @outcome(
-    "SIGKILL of one rank while all write a checkpoint, on any engine",
+    "SIGKILL of one rank while all write a checkpoint (DDP, FSDP2, ZeRO-2)",
     "the other ends and names it; no such checkpoint; the same command goes on, exactly",
 )
 @pytest.mark.parametrize("rank", [0, 1])

@@ -71,6 +71,7 @@ def _environment(case: dict[str, Any]) -> Iterator[None]:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if launch is not None:
         os.environ |= accelerate_environment(str(CONFIG / f"{launch}.json"), world_size)
+    # A port of its own: groups of the same name in one store would mix.
     os.environ |= {"MASTER_PORT": str(case["port"]), **case["environment"]}
     if _is_zero(launch):
         os.environ["DS_ACCELERATOR"] = "cpu"

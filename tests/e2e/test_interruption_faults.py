@@ -12,11 +12,10 @@ import time
 import psutil
 import pytest
 
-from qwen3_sft.demo.model import write_checkpoint
 from qwen3_sft.manifest import verify
 from tests.commands import ROOT, free_port, metrics
-from tests.data_rows import sums
 from tests.faults import outcome
+from tests.run_inputs import write_inputs
 
 pytestmark = pytest.mark.faults
 
@@ -33,13 +32,7 @@ COMPARED = ("loss", "grad_norm", "tokens", "learning_rate")
 
 @pytest.fixture(scope="module")
 def inputs(tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    write_checkpoint(folder / "base", tokenizer)
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, sums(40))))
-    return (
-        "--model_name_or_path", folder / "base", "--dataset", folder / "rows.jsonl",
-        "--data_cache_dir", folder / "cache", *OPTIONS,
-    )  # fmt: skip
+    return (*write_inputs(tmp_path_factory.mktemp("inputs"), tokenizer), *OPTIONS)
 
 
 class Run:

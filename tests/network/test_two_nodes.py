@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -11,11 +10,10 @@ import time
 import pytest
 import safetensors.torch
 
-from qwen3_sft.demo.model import write_checkpoint
 from tests.commands import metrics, run, succeeds
-from tests.data_rows import sums
 from tests.network.two_nodes import exit_codes, reason_to_skip, two_nodes, wait_until
 from tests.oracle import assert_close
+from tests.run_inputs import write_inputs
 
 SKIP = reason_to_skip()
 pytestmark = [pytest.mark.network, pytest.mark.skipif(SKIP is not None, reason=str(SKIP))]
@@ -37,13 +35,7 @@ def nodes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inputs(tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    write_checkpoint(folder / "base", tokenizer)
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, sums(40))))
-    return (
-        "--model_name_or_path", folder / "base", "--dataset", folder / "rows.jsonl",
-        "--data_cache_dir", folder / "cache", *OPTIONS,
-    )  # fmt: skip
+    return (*write_inputs(tmp_path_factory.mktemp("inputs"), tokenizer), *OPTIONS)
 
 
 @pytest.fixture(scope="module")
