@@ -29,4 +29,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 use_environment
 
-exec "$QWEN3_SFT_PYTHON" -m qwen3_sft.multinode "$@"
+exec "$QWEN3_SFT_PYTHON" -m qwen3_sft.launch.multinode "$@"

@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=["qwen3_sft*", "monkey_patch*"]),
     package_data={
         "monkey_patch.kernels.scatter_moe.triton": ["tiles.json"],
-        "qwen3_sft": ["fp8_measured.json"],
+        "qwen3_sft.model": ["fp8_measured.json"],
     },
     install_requires=[
         "torch>=2.11",

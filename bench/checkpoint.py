@@ -4,7 +4,7 @@ A random Qwen3-MoE in float32 and the two states of AdamW are written as a one-p
 them, flushed to disk and entered in a manifest, in three ways:
 
     none      without a hash: what the disk takes
-    writing   hashed while they are written (`qwen3_sft/hashed_files.py`), as a run does
+    writing   hashed while they are written (`qwen3_sft/checkpoints/ledger.py`), as a run does
     after     written without, then read again and hashed, `cold` with the page cache dropped before
               (a checkpoint larger than the memory that is left), `warm` with the files still in it
 
@@ -27,14 +27,14 @@ from typing import Any
 
 import torch
 import xxhash
-from load_checkpoint import SIZES, config_of
-from provenance import provenance
-from result_file import write
+from parts.load.checkpoint import SIZES, config_of
+from parts.provenance import provenance
+from parts.result_file import write
 from transformers import AutoModelForCausalLM
 
-from qwen3_sft.hashed_files import Ledger, hash_file
-from qwen3_sft.hub_writer import write_hub_model
-from qwen3_sft.manifest import seal
+from qwen3_sft.checkpoints.hub_writer import write_hub_model
+from qwen3_sft.checkpoints.ledger import Ledger, hash_file
+from qwen3_sft.checkpoints.manifest import seal
 
 RESULT = Path(__file__).parent / "results" / "checkpoint.json"
 WAYS = ("none", "writing", "after, warm", "after, cold")

@@ -1,7 +1,7 @@
 """Whether FP8 pays on this device, half by half, and the table that `--fp8 auto` follows.
 
     python bench/fp8.py --model 30b --layers 6 --max_length 4096 --batch 4 --dtype autocast \
-        --out bench/results/gpu/fp8.json --write qwen3_sft/fp8_measured.json
+        --out bench/results/gpu/fp8.json --write qwen3_sft/model/fp8_measured.json
 
 Three measurements of whole steps in one process: BF16, attention in FP8, experts in FP8. The first
 and the last layer stay in BF16, so of 6 layers two thirds are converted: a ratio above 1 here is
@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
-from result_file import write
+from parts.provenance import provenance
+from parts.result_file import write
+from parts.step.measure import attempt
+from parts.step.options import StepOptions, pick
 from step import parser
-from step_measure import attempt
-from step_options import StepOptions, pick
 
-from qwen3_sft.fp8 import MXFP8_EXPERTS, takes_mxfp8
 from qwen3_sft.hardware import find_device
 from qwen3_sft.logs import set_up_logging
+from qwen3_sft.model.fp8 import MXFP8_EXPERTS, takes_mxfp8
 
 HALVES = ("off", "attention", "experts")
 

@@ -90,7 +90,7 @@ if [ -n "${STEPS:-}" ]; then
   step step_breakdown 50 "$python" bench/step.py --model 30b --layers 4 --max_length 4096 --batch 4 \
     --dtype autocast --rows ours transformers --breakdown --out "$out/step_breakdown.json"
   step fp8 90 "$python" bench/fp8.py --model 30b --layers 6 --max_length 4096 --batch 4 \
-    --dtype bfloat16 --out "$out/fp8.json" --write qwen3_sft/fp8_measured.json
+    --dtype bfloat16 --out "$out/fp8.json" --write qwen3_sft/model/fp8_measured.json
   full_depth headline_packed 80 --max_length 4096 --batch 4 --lengths packed \
     --document_tokens 577 --activation_checkpointing selective
   full_depth headline_32k 60 --max_length 32768 --lengths fixed --warm_up 2 --steps 4 \
@@ -109,7 +109,7 @@ for name in ours sonicmoe liger scattermoe; do
   compiling+=("$!")
 done
 step tests 180 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/gpu \
-  tests/monkey_patch/test_aot.py tests/test_hardware.py
+  tests/monkey_patch/kernels/test_aot.py tests/test_hardware.py
 wait "${compiling[@]}"
 for log in "$out"/compile_*.tmp; do
   { echo "=== $log"; cat "$log"; } >>"$out/$log_name"

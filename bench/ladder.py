@@ -3,11 +3,12 @@
     python bench/ladder.py --run --model 30b --layers 4 --max_length 4096 --batch 4 --dtype autocast
     python bench/ladder.py --table      # the two tables of README.md, from the files there are
 
-`--run` measures the rows through `step_measure.py` in one process and writes one file per row as
-soon as it is known, so that a run that is cut off keeps what it has. Options that no row changes
-(model, depth, lengths, dtype, optimizer, routing) are those of `bench/step.py`. A row that fails
+`--run` measures the rows through `parts/step/measure.py` in one process and writes one file per
+row as soon as it is known, so that a run that is cut off keeps what it has. Options that no row
+changes (model, depth, lengths, dtype, optimizer, routing) are those of `bench/step.py`. A row that fails
 is a result too: its file holds the error. All rows share the trainer, the data and the cross
-entropy in chunks of labelled positions; `step_rows.py` says how each attention's batch is laid out.
+entropy in chunks of labelled positions; `parts/step/rows.py` says how each attention's batch is
+laid out.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ladder_table import readme
-from provenance import provenance
-from result_file import write
+from parts.ladder_table import readme
+from parts.provenance import provenance
+from parts.result_file import write
+from parts.step.measure import attempt
+from parts.step.options import TRANSFORMERS, StepOptions, pick
 from step import parser
-from step_measure import attempt
-from step_options import TRANSFORMERS, StepOptions, pick
 
 from qwen3_sft.logs import set_up_logging
 

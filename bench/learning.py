@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from provenance import provenance
-from result_file import write
+from parts.provenance import provenance
+from parts.result_file import write
 from transformers import PreTrainedTokenizerBase
 
 from qwen3_sft.demo.build import build_demo
 from qwen3_sft.demo.model import tiny_config, tiny_model
-from qwen3_sft.model import load_tokenizer
-from tests.training import ROW, Documents, make_trainer
+from qwen3_sft.model.loading import load_tokenizer
+from tests.support.training import ROW, Documents, make_trainer
 
 _LOW_BIT = {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}
 _PER_TENSOR = {"optimizer_in_backward": True, "clip": "per_tensor"}

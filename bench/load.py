@@ -1,8 +1,8 @@
 """Memory of each process while a checkpoint is loaded: `python bench/load.py`, two minutes.
 
-A random Qwen3-MoE of 1.08 GB in bfloat16 (`load_checkpoint.py`) is loaded by every engine in two
-gloo processes on this CPU, each in the order of a run (`load_worker.py`), weights in float32 as
-under autocast. Against the time before loading, per process:
+A random Qwen3-MoE of 1.08 GB in bfloat16 (`parts/load/checkpoint.py`) is loaded by every engine in
+two gloo processes on this CPU, each in the order of a run (`parts/load/worker.py`), weights in
+float32 as under autocast. Against the time before loading, per process:
 
     own     anonymous memory at the worst moment, sampled every 2 ms
     kept    the weights it trains afterwards, its shard or all of them
@@ -14,8 +14,8 @@ On a CPU the device's memory is host memory too. What carries over to a run on G
 `mapped`, because it reads each slice straight to the device, where `own` is needed then; of `zero3`
 `mapped` and what rank 0 needs beyond the others (experts are fused there), because tensors are
 gathered on the device. ZeRO-3 stops at the loaded model: DeepSpeed's own start, for which
-`qwen3_sft/memory_plan.py` has a row, takes master weights and optimizer along. `as found` is
-without what `qwen3_sft/model.py` does about host memory.
+`qwen3_sft/plan/weights.py` has a row, takes master weights and optimizer along. `as found` is
+without what `qwen3_sft/model/loading.py` does about host memory.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load_checkpoint import SIZES, config_of, make_checkpoint
-from load_launch import LAUNCHES
-from load_table import BF16_BYTES, summary, table
-from load_worker import Job, work
-from provenance import provenance
-from result_file import write
+from parts.load.checkpoint import SIZES, config_of, make_checkpoint
+from parts.load.launch import LAUNCHES
+from parts.load.table import BF16_BYTES, summary, table
+from parts.load.worker import Job, work
+from parts.provenance import provenance
+from parts.result_file import write
 
-from qwen3_sft.meta_model import model_on_meta
+from qwen3_sft.model.meta_model import model_on_meta
 
 AS_FOUND = " as found"
 NAMES = (*LAUNCHES, f"native fsdp 2{AS_FOUND}", f"fsdp{AS_FOUND}")

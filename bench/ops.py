@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ops_case import Case, cpu_case
-from ops_process import Process
-from ops_table import table
-from ops_worker import ROOF
-from peers import PEERS
-from result_file import write
+from parts.ops.case import Case, cpu_case
+from parts.ops.peers import PEERS
+from parts.ops.process import Process
+from parts.ops.table import table
+from parts.ops.worker import ROOF
+from parts.result_file import write
 
 NAMES = (*PEERS, ROOF)
 # Our own first, then what its times are read against. grouped_mm_compiled runs only when
@@ -51,7 +51,7 @@ class Race:
         self.deadline = time.monotonic() + options.seconds
         # All start at once: the imports of one are done while another is measured.
         self.processes = {name: Process(name) for name in options.only}
-        from provenance import provenance  # imports for seconds, which they do meanwhile
+        from parts.provenance import provenance  # imports for seconds, which they do meanwhile
 
         self.report: dict[str, Any] = {"benchmark": "ops", **provenance()}
         self.report["command"] = {

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from provenance import provenance
+from parts.provenance import provenance
 
-from qwen3_sft.packing import pack
+from qwen3_sft.packing.rows import pack
 
 
 def measure(count: int, max_length: int) -> dict[str, float | int]:

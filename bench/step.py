@@ -21,15 +21,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from provenance import provenance
-from result_file import write
-from step_breakdown import table
-from step_measure import attempt, resolve
-from step_options import ROWS, StepOptions, pick, row_options
+from parts.provenance import provenance
+from parts.result_file import write
+from parts.step.breakdown import table
+from parts.step.measure import attempt, resolve
+from parts.step.options import ROWS, StepOptions, pick, row_options
 from transformers import HfArgumentParser
 
 from qwen3_sft.logs import set_up_logging
-from qwen3_sft.recipe import UsageError
+from qwen3_sft.options.recipe import UsageError
 
 
 def parser(description: str | None, **defaults: Any) -> HfArgumentParser:

@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 import triton
-from ops_case import Case
-from result_file import write
-from tune_candidates import INTERPRETER, Compiled, Compiling, candidates
-from tune_measure import PRODUCTS, Timing, Workload
-from tune_table import Row, cut_row, fastest, row_of, table_text, tflops, updated
-from tune_text import candidate_lines, timing_lines
+from parts.ops.case import Case
+from parts.result_file import write
+from parts.tune.candidates import INTERPRETER, Compiled, Compiling, candidates
+from parts.tune.measure import PRODUCTS, Timing, Workload
+from parts.tune.table import Row, cut_row, fastest, row_of, table_text, tflops, updated
+from parts.tune.text import candidate_lines, timing_lines
 
 from monkey_patch.kernels.aot import TARGETS
 from monkey_patch.kernels.scatter_moe.triton.catalogue import QWEN3_30B
@@ -255,7 +255,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile, time, print the tables and write what `--out` and `--write` name."""
     options = parse(argv)
-    from provenance import provenance  # not above: the compilers' processes import this file, too
+    from parts.provenance import (
+        provenance,  # not above: the compilers' processes import this file, too
+    )
 
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     command = vars(options) | {"out": str(options.out), "write": str(options.write)}

@@ -130,8 +130,8 @@ EXPERTS_FP8 = replace(
     name=NAME,
     summary="experts as fused grouped products in FP8, except in the first and the last layer",
     plan=partial(plan, keep=(), scaling="blockwise", implementation=IMPLEMENTATION),
-    # Each product is off by 4 percent (tests/monkey_patch/test_scatter_moe_fp8.py), and routers
-    # above choose other experts for a few tokens.
+    # Each product is off by 4 percent (tests/monkey_patch/kernels/test_scatter_moe_fp8.py), and
+    # routers above choose other experts for a few tokens.
     tolerance=0.2,
     register=register,
 )

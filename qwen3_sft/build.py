@@ -18,26 +18,26 @@ from transformers import (
 )
 
 from monkey_patch.router_aux_loss import router_statistics
-from qwen3_sft.activation_checkpointing import enable_checkpointing
-from qwen3_sft.args import DataArguments, TrainArguments
-from qwen3_sft.checkpoint import step_of
-from qwen3_sft.collator import PackedCollator
-from qwen3_sft.completions import CompletionCallback, pick_prompts
+from qwen3_sft.checkpoints.folders import step_of
+from qwen3_sft.checkpoints.save import rows_per_step
 from qwen3_sft.data.prepare import TokenDataset
-from qwen3_sft.early_stopping import EarlyStopping
-from qwen3_sft.engine import Engine
+from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.hardware import device_info
-from qwen3_sft.isolation import check_isolation
-from qwen3_sft.layer_compile import RecompileWatch, compile_layers
-from qwen3_sft.metrics import StepLines
-from qwen3_sft.packing import PackedDataset
-from qwen3_sft.plan import RunPlan
-from qwen3_sft.plan_check import PlanCheck
-from qwen3_sft.recipe import UsageError
-from qwen3_sft.reporters import guard_reporters
-from qwen3_sft.run_folder import RunFolder, versions
-from qwen3_sft.trainer import SftTrainer
-from qwen3_sft.trainer_saving import rows_per_step
+from qwen3_sft.model.activation_checkpointing import enable_checkpointing
+from qwen3_sft.model.layer_compile import RecompileWatch, compile_layers
+from qwen3_sft.options.args import DataArguments, TrainArguments
+from qwen3_sft.options.recipe import UsageError
+from qwen3_sft.packing.collator import PackedCollator
+from qwen3_sft.packing.isolation import check_isolation
+from qwen3_sft.packing.rows import PackedDataset
+from qwen3_sft.plan.plan import RunPlan
+from qwen3_sft.records.run_folder import RunFolder, versions
+from qwen3_sft.training.callbacks import EarlyStopping
+from qwen3_sft.training.completions import CompletionCallback, pick_prompts
+from qwen3_sft.training.metrics import StepLines
+from qwen3_sft.training.plan_check import PlanCheck
+from qwen3_sft.training.reporters import guard_reporters
+from qwen3_sft.training.trainer import SftTrainer
 
 logger = logging.getLogger(__name__)
 

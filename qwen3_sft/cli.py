@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     match argv:
         case ["train", *rest]:
-            from qwen3_sft.launch import launch
+            from qwen3_sft.launch.launch import launch
 
             return launch(rest) if not {"-h", "--help"} & set(rest) else _train_help()
         case ["resume", *rest]:
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train_help() -> int:
     set_up_logging()
-    from qwen3_sft.recipe import help_text
+    from qwen3_sft.options.recipe import help_text
 
     print(help_text(), end="")
     return 0
@@ -59,9 +59,9 @@ def _train_help() -> int:
 
 def _resume(argv: list[str]) -> int:
     """Go on with a run, or prove that one could."""
-    from qwen3_sft.manifest import CheckpointError
-    from qwen3_sft.recipe import UsageError
-    from qwen3_sft.resume_command import resume_command
+    from qwen3_sft.checkpoints.manifest import CheckpointError
+    from qwen3_sft.commands.resume import resume_command
+    from qwen3_sft.options.recipe import UsageError
 
     try:
         return resume_command(argv)
@@ -75,8 +75,8 @@ def _plan(argv: list[str]) -> int:
     output = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         set_up_logging(sys.stderr)
-        from qwen3_sft.plan_command import plan_command
-        from qwen3_sft.recipe import UsageError
+        from qwen3_sft.commands.plan import plan_command
+        from qwen3_sft.options.recipe import UsageError
 
         try:
             lines, exit_code = plan_command(argv)
@@ -97,9 +97,9 @@ def _inspect(argv: list[str]) -> int:
     output = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         set_up_logging(sys.stderr)
-        from qwen3_sft.model import ModelError
-        from qwen3_sft.recipe import UsageError
-        from qwen3_sft.samples import DataError
+        from qwen3_sft.chat.samples import DataError
+        from qwen3_sft.model.loading import ModelError
+        from qwen3_sft.options.recipe import UsageError
 
         try:
             for line in _inspected(rest, own.n, own.format, color=output.isatty()):
@@ -111,10 +111,10 @@ def _inspect(argv: list[str]) -> int:
 
 
 def _inspected(argv: list[str], n: int, fmt: Any, *, color: bool) -> Iterator[str]:
-    from qwen3_sft.data.inspection import inspect
+    from qwen3_sft.commands.inspect import inspect
     from qwen3_sft.demo.build import resolve_demo
-    from qwen3_sft.model import load_tokenizer, resolve_tokenizer
-    from qwen3_sft.recipe import parse_options
+    from qwen3_sft.model.loading import load_tokenizer, resolve_tokenizer
+    from qwen3_sft.options.recipe import parse_options
 
     options = parse_options(argv)
     model, data = resolve_demo(options.model.model_name_or_path, options.data)
@@ -137,11 +137,11 @@ def _export(argv: list[str]) -> int:
 
     import torch
 
-    from qwen3_sft.export import export_model
-    from qwen3_sft.export_check import ExportError
-    from qwen3_sft.manifest import CheckpointError
-    from qwen3_sft.model import ModelError
-    from qwen3_sft.whole_checkpoint import load_checkpoint
+    from qwen3_sft.checkpoints.manifest import CheckpointError
+    from qwen3_sft.checkpoints.whole import load_checkpoint
+    from qwen3_sft.export.check import ExportError
+    from qwen3_sft.export.export import export_model
+    from qwen3_sft.model.loading import ModelError
 
     try:
         model = load_checkpoint(own.checkpoint, trusted=own.trust_checkpoint == "true")

@@ -11,16 +11,16 @@ import yaml
 
 import monkey_patch
 from monkey_patch.fp8_selection import describe
-from qwen3_sft.engine import check_experts, deepspeed_config, detect
-from qwen3_sft.fp8 import choose_fp8
-from qwen3_sft.meta_model import meta_model
-from qwen3_sft.model import choose_attention
-from qwen3_sft.patches import choose_patches, fp8_selection
-from qwen3_sft.plan_advice import describe_advice, nearest
-from qwen3_sft.plan_run import compute_dtype, experts_for, plan_here
-from qwen3_sft.recipe import Options
-from qwen3_sft.zero import check_zero3
-from qwen3_sft.zero import describe as describe_units
+from qwen3_sft.distributed.engine import check_experts, deepspeed_config, detect
+from qwen3_sft.model.fp8 import choose_fp8
+from qwen3_sft.model.loading import choose_attention
+from qwen3_sft.model.meta_model import meta_model
+from qwen3_sft.model.patches import choose_patches, fp8_selection
+from qwen3_sft.options.recipe import Options
+from qwen3_sft.plan.nearest import describe_advice, nearest
+from qwen3_sft.plan.planner import compute_dtype, experts_for, plan_here
+from qwen3_sft.plan.zero3_units import check_zero3
+from qwen3_sft.plan.zero3_units import describe as describe_units
 
 
 def dry_run(options: Options, environment: Mapping[str, str] | None = None) -> Iterator[str]:

@@ -14,25 +14,29 @@ from transformers import PreTrainedTokenizerBase
 
 import monkey_patch
 from monkey_patch.fp8_selection import Selection, describe
-from qwen3_sft.args import DataArguments, TrainArguments
 from qwen3_sft.build import build_trainer
-from qwen3_sft.checkpoint_trust import check_best, refuse_foreign_code
+from qwen3_sft.checkpoints.manifest import CheckpointError, read_manifest
+from qwen3_sft.checkpoints.resume import check_allowed, check_resumable, run_identity
+from qwen3_sft.checkpoints.save import rows_per_step
+from qwen3_sft.checkpoints.trust import check_best, refuse_foreign_code
 from qwen3_sft.data.formats import DataError
 from qwen3_sft.data.prepare import TokenDataset, prepare
 from qwen3_sft.demo.build import resolve_demo
+from qwen3_sft.distributed.engine import Engine, check_experts, deepspeed_config, detect
+from qwen3_sft.distributed.peer_watch import PeerWatch, TellStep
+from qwen3_sft.distributed.process_group import (
+    ProcessGroupError,
+    join_process_group,
+    leave_process_group,
+)
+from qwen3_sft.distributed.rank_zero import on_first_rank
 from qwen3_sft.dry_run import dry_run
-from qwen3_sft.engine import Engine, check_experts, deepspeed_config, detect
-from qwen3_sft.export import export_model
-from qwen3_sft.export_check import ExportError
-from qwen3_sft.final_arguments import final_arguments
-from qwen3_sft.fp8 import choose_fp8
+from qwen3_sft.export.check import ExportError
+from qwen3_sft.export.export import export_model
 from qwen3_sft.hardware import device_info
-from qwen3_sft.interruption import Interrupted
-from qwen3_sft.isolation import LeakError
-from qwen3_sft.manifest import CheckpointError, read_manifest
-from qwen3_sft.memory_advice import MemorySettings
-from qwen3_sft.meta_model import meta_model
-from qwen3_sft.model import (
+from qwen3_sft.launch.agent import INTERRUPTED_CODE
+from qwen3_sft.model.fp8 import choose_fp8
+from qwen3_sft.model.loading import (
     ModelError,
     choose_attention,
     load_model,
@@ -41,32 +45,28 @@ from qwen3_sft.model import (
     resolve_model,
     weights_dtype,
 )
-from qwen3_sft.out_of_memory import GpuMemoryError, naming
-from qwen3_sft.patches import FP8_PATCHES, choose_patches, fp8_selection
-from qwen3_sft.peers import PeerWatch, TellStep
-from qwen3_sft.plan import DOES_NOT_FIT, DoesNotFitError, RunPlan
-from qwen3_sft.plan_advice import describe_advice, nearest
-from qwen3_sft.plan_run import experts_for, plan_here
-from qwen3_sft.process_group import (
-    ProcessGroupError,
-    join_process_group,
-    leave_process_group,
-)
-from qwen3_sft.rank_zero import on_first_rank
-from qwen3_sft.recipe import Options, UsageError, help_text, parse_options
-from qwen3_sft.resume_check import check_allowed, check_resumable, run_identity
-from qwen3_sft.run_folder import (
+from qwen3_sft.model.meta_model import meta_model
+from qwen3_sft.model.patches import FP8_PATCHES, choose_patches, fp8_selection
+from qwen3_sft.options.args import DataArguments, TrainArguments
+from qwen3_sft.options.recipe import Options, UsageError, help_text, parse_options
+from qwen3_sft.packing.isolation import LeakError
+from qwen3_sft.plan.advice import MemorySettings
+from qwen3_sft.plan.nearest import describe_advice, nearest
+from qwen3_sft.plan.plan import DOES_NOT_FIT, DoesNotFitError, RunPlan
+from qwen3_sft.plan.planner import experts_for, plan_here
+from qwen3_sft.plan.zero3_units import check_zero3
+from qwen3_sft.plan.zero3_units import describe as describe_units
+from qwen3_sft.records.run_folder import (
     RunFolder,
     check_resume,
     choose_checkpoint,
     versions,
 )
-from qwen3_sft.run_summary import describe_summary, write_summary
-from qwen3_sft.trainer import NonFiniteError, SftTrainer
-from qwen3_sft.trainer_saving import rows_per_step
-from qwen3_sft.workers import INTERRUPTED_CODE
-from qwen3_sft.zero import check_zero3
-from qwen3_sft.zero import describe as describe_units
+from qwen3_sft.training.arguments import final_arguments
+from qwen3_sft.training.interruption import Interrupted
+from qwen3_sft.training.out_of_memory import GpuMemoryError, naming
+from qwen3_sft.training.summary import describe_summary, write_summary
+from qwen3_sft.training.trainer import NonFiniteError, SftTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     interrupted ends with 75; torchrun, which would call that a failure and restart it, is told 0.
     """
     set_up_logging()
+    from qwen3_sft.launch.agent import INTERRUPTED_CODE
     from qwen3_sft.run import run_command
-    from qwen3_sft.workers import INTERRUPTED_CODE
 
     code = run_command(sys.argv[1:] if argv is None else argv)
     exit_file = os.environ.get("QWEN3_SFT_EXIT_FILE")

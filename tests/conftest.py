@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import interpreter
+from tests.support import interpreter
 
 interpreter.enable()  # before the first import of triton, which transformers may do
 

@@ -1,7 +1,8 @@
 """Which devices multiply FP8, and which take the scales of mxfp8.
 
-`qwen3_sft/fp8.py` refuses the same devices before a model is loaded. It may not import the patches,
-nor they it, so that the two numbers stand there once more; tests/test_fp8.py compares the two.
+`qwen3_sft/model/fp8.py` refuses the same devices before a model is loaded. It may not import the
+patches, nor they it, so that the two numbers stand there once more; tests/model/test_fp8.py
+compares the two.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from qwen3_sft.chat.pieces import PieceWriter, Rendered
+from qwen3_sft.chat.samples import Message, ToolCall
 from qwen3_sft.chat.templates import (
     END_THINK,
     END_TOOL_CALL,
@@ -23,7 +24,6 @@ from qwen3_sft.chat.templates import (
     XML_DEFAULT_SYSTEM,
     ChatFormat,
 )
-from qwen3_sft.samples import Message, ToolCall
 
 
 def is_query(message: Message) -> bool:

@@ -15,8 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qwen3_sft import samples
-from qwen3_sft.chat import encoding, pieces, render, template_process, templates, text
+from qwen3_sft.chat import encoding, pieces, render, samples, template_process, templates, text
 from qwen3_sft.data import (
     formats,
     json_rows,

@@ -14,6 +14,17 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from qwen3_sft.chat.samples import (
+    IGNORED,
+    Conversation,
+    DataError,
+    Dropped,
+    Message,
+    PlainText,
+    Sample,
+    Source,
+    Tokens,
+)
 from qwen3_sft.data.turns import (
     check_order,
     check_text,
@@ -24,17 +35,6 @@ from qwen3_sft.data.turns import (
     parse_answer,
     parse_turns,
     warn_control_text,
-)
-from qwen3_sft.samples import (
-    IGNORED,
-    Conversation,
-    DataError,
-    Dropped,
-    Message,
-    PlainText,
-    Sample,
-    Source,
-    Tokens,
 )
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"]

@@ -16,13 +16,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qwen3_sft.chat.samples import DataError
 from qwen3_sft.data.json_rows import Row, json_rows, jsonl_rows
 from qwen3_sft.data.table_rows import arrow_rows, parquet_rows
 from qwen3_sft.data.tally import Tally
-from qwen3_sft.samples import DataError
 
 if TYPE_CHECKING:
-    from qwen3_sft.args import DataArguments
+    from qwen3_sft.options.args import DataArguments
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}

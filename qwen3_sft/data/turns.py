@@ -12,7 +12,7 @@ import re
 from itertools import pairwise
 from typing import Any, NoReturn, cast
 
-from qwen3_sft.samples import Message, Role, Source, ToolCall
+from qwen3_sft.chat.samples import Message, Role, Source, ToolCall
 
 # The right column is what chat templates know. "function" is OpenAI's older name of "tool"; the
 # last four are ShareGPT's.

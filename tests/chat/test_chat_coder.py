@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections import Counter
 
 from qwen3_sft.chat.render import render
+from qwen3_sft.chat.samples import Conversation
 from qwen3_sft.data.formats import parse_row
-from qwen3_sft.samples import Conversation
 
 TOOL = {
     "type": "function",

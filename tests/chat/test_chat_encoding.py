@@ -11,8 +11,8 @@ import pytest
 
 from qwen3_sft.chat.encoding import Encoder
 from qwen3_sft.chat.render import CHAT_FORMATS, render, render_plain
+from qwen3_sft.chat.samples import Conversation, Message, PlainText, ToolCall
 from qwen3_sft.chat.templates import CONTROL_TOKENS
-from qwen3_sft.samples import Conversation, Message, PlainText, ToolCall
 
 ORDINARY = [
     *"ab 1\n\n\t{}\"'\\",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from qwen3_sft.args import DataArguments
 from qwen3_sft.demo.conversations import conversations
-from tests.prepared import NUM_ROWS, write
+from qwen3_sft.options.args import DataArguments
+from tests.support.prepared import NUM_ROWS, write
 
 
 @pytest.fixture(scope="module")

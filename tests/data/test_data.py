@@ -9,13 +9,13 @@ import pytest
 import torch.distributed
 from torch.utils.data import DataLoader
 
-from qwen3_sft.args import DataArguments
-from qwen3_sft.collator import PackedCollator
+from qwen3_sft.chat.samples import DataError
 from qwen3_sft.data.prepare import prepare
 from qwen3_sft.data.report import report_text
-from qwen3_sft.packing import PackedDataset
-from qwen3_sft.samples import DataError
-from tests.prepared import arrays, write
+from qwen3_sft.options.args import DataArguments
+from qwen3_sft.packing.collator import PackedCollator
+from qwen3_sft.packing.rows import PackedDataset
+from tests.support.prepared import arrays, write
 
 
 def test_tokens_are_those_of_the_chat_template(args, rows, tokenizer):

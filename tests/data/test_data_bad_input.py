@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qwen3_sft.args import DataArguments
+from qwen3_sft.chat.samples import DataError
 from qwen3_sft.data.prepare import prepare
-from qwen3_sft.samples import DataError
+from qwen3_sft.options.args import DataArguments
 
 
 def chat(*turns: Any, **columns: Any) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from qwen3_sft.args import DataArguments
+from qwen3_sft.chat.samples import DataError
 from qwen3_sft.data import cache_key
 from qwen3_sft.data.prepare import prepare
-from qwen3_sft.samples import DataError
-from tests.prepared import NUM_ROWS, arrays
+from qwen3_sft.options.args import DataArguments
+from tests.support.prepared import NUM_ROWS, arrays
 
 
 def test_second_call_reads_the_cache(args, tokenizer, monkeypatch):

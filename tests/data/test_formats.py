@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from qwen3_sft.data.formats import detect_format, require_format
-from qwen3_sft.samples import (
+from qwen3_sft.chat.samples import (
     Conversation,
     DataError,
     Dropped,
@@ -15,7 +14,8 @@ from qwen3_sft.samples import (
     Tokens,
     ToolCall,
 )
-from tests.data_rows import ANSWER, USER, answer, calling, chat, parse
+from qwen3_sft.data.formats import detect_format, require_format
+from tests.support.data_rows import ANSWER, USER, answer, calling, chat, parse
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 
-from qwen3_sft.samples import Conversation, DataError, Dropped, PlainText, Tokens
-from tests.data_rows import ANSWER, USER, answer, calling, chat, parse
+from qwen3_sft.chat.samples import Conversation, DataError, Dropped, PlainText, Tokens
+from tests.support.data_rows import ANSWER, USER, answer, calling, chat, parse
 
 ERRORS = [
     (chat(), "empty conversation"),

@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwen3_sft.args import DataArguments
 from qwen3_sft.demo.build import VOCAB_SIZE, build_demo, resolve_demo
 from qwen3_sft.demo.conversations import conversations, write_conversations
 from qwen3_sft.demo.model import CONTROL_TOKENS, tiny_config, tiny_model, write_checkpoint
-from qwen3_sft.model import load_tokenizer
-from tests.oracle import assert_close
-from tests.source_tree import ROOT
+from qwen3_sft.model.loading import load_tokenizer
+from qwen3_sft.options.args import DataArguments
+from tests.support.oracle import assert_close
+from tests.support.source_tree import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:typing:DeprecationWarning")
 

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from qwen3_sft import run
-from qwen3_sft.hashed_files import Ledger
-from qwen3_sft.held_state import local_part
-from qwen3_sft.trainer import SftTrainer
+from qwen3_sft.checkpoints.held_state import local_part
+from qwen3_sft.checkpoints.ledger import Ledger
+from qwen3_sft.training.trainer import SftTrainer
 from tests.distributed import worker
 
 

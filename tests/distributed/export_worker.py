@@ -19,8 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from qwen3_sft import export, rank_zero
-from qwen3_sft.export_check import ExportError
+from qwen3_sft.distributed import rank_zero
+from qwen3_sft.export import export
+from qwen3_sft.export.check import ExportError
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import numpy as np
 import psutil
 
 from qwen3_sft.demo.model import train_tokenizer
-from tests.commands import ROOT
-from tests.run_inputs import write_inputs
+from tests.support.commands import ROOT
+from tests.support.run_inputs import write_inputs
 
 WORKER = "tests.distributed.rank_faults_worker"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def _delay() -> None:
-    from qwen3_sft.peers import PeerWatch
+    from qwen3_sft.distributed.peer_watch import PeerWatch
 
     step, leave = PeerWatch.step, PeerWatch.leave
 

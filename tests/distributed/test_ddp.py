@@ -4,8 +4,8 @@ import sys
 import pytest
 
 from qwen3_sft.run import run_command
-from tests.commands import free_port, metrics, run, succeeds
-from tests.run_inputs import write_inputs
+from tests.support.commands import free_port, metrics, run, succeeds
+from tests.support.run_inputs import write_inputs
 
 pytestmark = pytest.mark.distributed
 

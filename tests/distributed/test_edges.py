@@ -8,11 +8,11 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.commands import metrics
 from tests.distributed import edges_worker
 from tests.distributed.test_engines import EP2, FULL, NATIVE, Cases, cases, exported  # noqa: F401
-from tests.forked import run_ranks
-from tests.oracle import assert_close
+from tests.support.commands import metrics
+from tests.support.forked import run_ranks
+from tests.support.oracle import assert_close
 
 pytestmark = pytest.mark.distributed
 

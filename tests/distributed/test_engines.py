@@ -10,11 +10,11 @@ import pytest
 from safetensors.torch import load_file
 
 from qwen3_sft.demo.model import tiny_config, tiny_model
-from tests.commands import ROOT, free_port, metrics
-from tests.data_rows import sums
 from tests.distributed import worker
-from tests.forked import run_ranks
-from tests.oracle import assert_close
+from tests.support.commands import ROOT, free_port, metrics
+from tests.support.data_rows import sums
+from tests.support.forked import run_ranks
+from tests.support.oracle import assert_close
 
 pytestmark = pytest.mark.distributed
 

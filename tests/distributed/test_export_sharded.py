@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qwen3_sft.demo.model import write_checkpoint
-from qwen3_sft.export import export_model
-from tests.commands import succeeds
+from qwen3_sft.export.export import export_model
 from tests.distributed import export_worker
-from tests.forked import run_ranks
+from tests.support.commands import succeeds
+from tests.support.forked import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from tests.commands import free_port
 from tests.distributed.rank_faults import ACCELERATE, TORCHRUN, start
-from tests.faults import outcome
+from tests.support.commands import free_port
+from tests.support.faults import outcome
 
 pytestmark = pytest.mark.faults
 

@@ -5,12 +5,12 @@ import signal
 
 import pytest
 
-from qwen3_sft.checkpoint import STAGING
-from tests.commands import free_port, metrics
+from qwen3_sft.checkpoints.folders import STAGING
 from tests.distributed import worker
 from tests.distributed.test_engines import NATIVE, cases, exported  # noqa: F401
-from tests.faults import Blow, outcome
-from tests.forked import run_ranks, start_ranks
+from tests.support.commands import free_port, metrics
+from tests.support.faults import Blow, outcome
+from tests.support.forked import run_ranks, start_ranks
 
 pytestmark = pytest.mark.faults
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from qwen3_sft.accelerate_environment import accelerate_environment
+from qwen3_sft.launch.accelerate_environment import accelerate_environment
 from qwen3_sft.logs import set_up_logging
 from tests.distributed.exact_norm import sum_in_float64
 from tests.distributed.observe import watched_experts
-from tests.faults import Blow
+from tests.support.faults import Blow
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
 

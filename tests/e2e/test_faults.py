@@ -14,9 +14,9 @@ import subprocess
 import pytest
 
 from qwen3_sft.demo.model import write_checkpoint
-from tests.commands import metrics
-from tests.data_rows import sums
-from tests.faults import Blow, outcome, start
+from tests.support.commands import metrics
+from tests.support.data_rows import sums
+from tests.support.faults import Blow, outcome, start
 
 pytestmark = pytest.mark.e2e
 
@@ -157,7 +157,7 @@ def cut(file):
 @pytest.mark.parametrize("damage", rest([flip, cut, os.unlink]))
 def test_damaged_files(site, whole, tmp_path, damage):
     """All files are looked at; the run is started once, with all checkpoints' turn before it."""
-    from qwen3_sft.checkpoint import newest_verified
+    from qwen3_sft.checkpoints.folders import newest_verified
 
     files = names(whole / "checkpoint-8")
     assert len(files) > 8

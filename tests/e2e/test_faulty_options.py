@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tests.data_rows import sums
 from tests.e2e.test_faults import goes_on, options, site, whole  # noqa: F401 - fixtures
-from tests.faults import outcome, start
+from tests.support.data_rows import sums
+from tests.support.faults import outcome, start
 
 pytestmark = pytest.mark.e2e
 

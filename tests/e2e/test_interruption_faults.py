@@ -12,10 +12,10 @@ import time
 import psutil
 import pytest
 
-from qwen3_sft.manifest import verify
-from tests.commands import ROOT, free_port, metrics
-from tests.faults import outcome
-from tests.run_inputs import write_inputs
+from qwen3_sft.checkpoints.manifest import verify
+from tests.support.commands import ROOT, free_port, metrics
+from tests.support.faults import outcome
+from tests.support.run_inputs import write_inputs
 
 pytestmark = pytest.mark.faults
 
@@ -191,7 +191,7 @@ def test_one_process_below_two_launchers(inputs, tmp_path):
 def test_a_node_is_not_restarted(inputs, tmp_path):
     """With the signal sent to torchrun and all others as well."""
     folder = tmp_path / "run"
-    command = (sys.executable, "-m", "qwen3_sft.multinode", *inputs, *GLOO,
+    command = (sys.executable, "-m", "qwen3_sft.launch.multinode", *inputs, *GLOO,
                "--output_dir", folder)  # fmt: skip
     variables = {
         "NNODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "NPROC_PER_NODE": "2",

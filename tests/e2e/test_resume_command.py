@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from qwen3_sft.cli import main
-from qwen3_sft.resume_command import differences, next_record
+from qwen3_sft.commands.resume import differences, next_record
 from tests.e2e.test_faults import records, site, whole  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.e2e

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from qwen3_sft.cli import main
 from qwen3_sft.demo.model import write_checkpoint
 from qwen3_sft.logs import set_up_logging
-from qwen3_sft.metrics import KEYS
 from qwen3_sft.run import run_command
-from tests.commands import cli, metrics, run, succeeds
+from qwen3_sft.training.metrics import KEYS
+from tests.support.commands import cli, metrics, run, succeeds
 
 pytestmark = pytest.mark.e2e
 

@@ -8,8 +8,8 @@ import torch
 from monkey_patch.kernels.scatter_moe import scatter_moe
 from monkey_patch.kernels.scatter_moe.reference import scatter_moe_reference
 from monkey_patch.linear_fp8 import Fp8Forward, fp8_linear, make_scaling
-from tests.monkey_patch.experts import NAMES, make_inputs, run_with_gradients
-from tests.oracle import assert_close
+from tests.monkey_patch.kernels.experts import NAMES, make_inputs, run_with_gradients
+from tests.support.oracle import assert_close
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +18,7 @@ pytestmark = [
         reason="needs a CUDA device with FP8",
     ),
 ]
-# As on a CPU, tests/monkey_patch/test_scatter_moe_fp8.py and test_linear_fp8.py.
+# As on a CPU, tests/monkey_patch/kernels/test_scatter_moe_fp8.py and test_linear_fp8.py.
 CHAIN_SNR, PRODUCT_SNR = 22.0, 24.0
 SCALINGS = [
     "blockwise",

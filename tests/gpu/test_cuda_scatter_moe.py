@@ -10,9 +10,9 @@ from monkey_patch.kernels.scatter_moe import scatter_moe
 from monkey_patch.kernels.scatter_moe.reference import scatter_moe_reference
 from monkey_patch.kernels.scatter_moe.triton import tiles as tile_table
 from monkey_patch.kernels.scatter_moe.triton.tiles import STAGES, choose_tiles
-from tests.monkey_patch.experts import NAMES, make_inputs, run_with_gradients
-from tests.oracle import assert_close
-from tests.training import PATCHES, Documents, make_trainer
+from tests.monkey_patch.kernels.experts import NAMES, make_inputs, run_with_gradients
+from tests.support.oracle import assert_close
+from tests.support.training import PATCHES, Documents, make_trainer
 
 pytestmark = [
     pytest.mark.gpu,

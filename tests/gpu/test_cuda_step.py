@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from qwen3_sft.activation_checkpointing import enable_checkpointing
-from qwen3_sft.layer_compile import compile_layers
-from tests.test_layer_compile import ROWS, make_model, step
-from tests.test_no_sync import RUNS, trainer_of
-from tests.training import Documents
+from qwen3_sft.model.activation_checkpointing import enable_checkpointing
+from qwen3_sft.model.layer_compile import compile_layers
+from tests.house.test_no_sync import RUNS, trainer_of
+from tests.model.test_layer_compile import ROWS, make_model, step
+from tests.support.training import Documents
 
 pytestmark = [
     pytest.mark.gpu,

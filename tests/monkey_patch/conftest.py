@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen3_sft.demo.model import tiny_config, tiny_model
-from tests.interpreter import use_kernels
+from tests.support.interpreter import use_kernels
 
 LENGTHS = (1, 17, 5, 30, 11)
 VOCAB = 320

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import Qwen3MoeForCausalLM
 
 from monkey_patch import PATCHES, PatchError, apply_patches, router_statistics
-from tests.oracle import assert_close
+from tests.support.oracle import assert_close
 
 # Of patches that replace the same attribute, the first.
 LATER = ("scatter_moe_recompute", "experts_fp8")

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from monkey_patch import PATCHES, PatchError, apply_patches, router_statistics
 from monkey_patch.experts_fp8 import experts_fp8
-from qwen3_sft.activation_checkpointing import enable_checkpointing
-from tests.oracle import assert_close
+from qwen3_sft.model.activation_checkpointing import enable_checkpointing
+from tests.support.oracle import assert_close
 
 LAYERS = 4
 OP = "monkey_patch.scatter_moe.default"

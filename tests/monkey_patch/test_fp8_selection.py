@@ -9,7 +9,7 @@ from torch import nn
 from monkey_patch import PatchError
 from monkey_patch.fp8_selection import describe, select
 from qwen3_sft.demo.model import tiny_config, tiny_model
-from qwen3_sft.flops import ModelFlops
+from qwen3_sft.families.flops import ModelFlops
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -8,7 +8,7 @@ from torch import nn
 from monkey_patch import PatchError, apply_patches
 from monkey_patch.kernels.linear_cross_entropy import linear_cross_entropy_sum
 from monkey_patch.kernels.linear_cross_entropy.reference import linear_cross_entropy_sum_reference
-from tests.oracle import RMS_TOLERANCE, assert_close
+from tests.support.oracle import RMS_TOLERANCE, assert_close
 
 
 def _inputs(N=37, D=24, V=50, dtype=torch.float32):

@@ -19,8 +19,8 @@ from monkey_patch import PatchError, apply_patches, router_statistics
 from monkey_patch.kernels.fp8_device import fp8_problem
 from monkey_patch.linear_fp8 import Fp8Forward, Recipe, fp8_linear, make_scaling
 from monkey_patch.linear_fp8 import linear_fp8 as patch_with
-from qwen3_sft.activation_checkpointing import enable_checkpointing
-from tests.oracle import assert_close
+from qwen3_sft.model.activation_checkpointing import enable_checkpointing
+from tests.support.oracle import assert_close
 
 RECIPES = get_args(Recipe)
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)

@@ -7,7 +7,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from monkey_patch import PatchError, apply_patches, router_statistics
 from monkey_patch.kernels.router.op import add_balance_gradient, routed_counts, routing_sums
 from monkey_patch.kernels.router.reference import balance_loss_reference
-from tests.oracle import assert_close
+from tests.support.oracle import assert_close
 
 COEFFICIENT = 0.5
 

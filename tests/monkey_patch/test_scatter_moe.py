@@ -5,8 +5,8 @@ from torch import nn
 from monkey_patch import PatchError, apply_patches
 from monkey_patch.kernels.scatter_moe import scatter_moe
 from monkey_patch.kernels.scatter_moe.reference import scatter_moe_reference
-from tests.monkey_patch.experts import NAMES, make_inputs, run_with_gradients
-from tests.oracle import RMS_TOLERANCE, assert_close
+from tests.monkey_patch.kernels.experts import NAMES, make_inputs, run_with_gradients
+from tests.support.oracle import RMS_TOLERANCE, assert_close
 
 
 def _assert_matches(tensors, index):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from monkey_patch import apply_patches, router_statistics
-from tests.training import PATCHES
+from tests.support.training import PATCHES
 
 trl = pytest.importorskip("trl")
 

@@ -6,7 +6,7 @@ import torch
 from monkey_patch import PatchError, apply_patches
 from monkey_patch.kernels.varlen_attention import varlen_attention
 from monkey_patch.kernels.varlen_attention.reference import varlen_attention_reference
-from tests.oracle import assert_close
+from tests.support.oracle import assert_close
 
 ENDS = torch.tensor([0, 1, 1, 18, 40, 47, 47], dtype=torch.int32)
 

@@ -10,10 +10,10 @@ import time
 import pytest
 import safetensors.torch
 
-from tests.commands import metrics, run, succeeds
 from tests.network.two_nodes import exit_codes, reason_to_skip, two_nodes, wait_until
-from tests.oracle import assert_close
-from tests.run_inputs import write_inputs
+from tests.support.commands import metrics, run, succeeds
+from tests.support.oracle import assert_close
+from tests.support.run_inputs import write_inputs
 
 SKIP = reason_to_skip()
 pytestmark = [pytest.mark.network, pytest.mark.skipif(SKIP is not None, reason=str(SKIP))]

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.commands import ROOT
+from tests.support.commands import ROOT
 
 # From a block that documentation reserves, so that it is nobody's network.
 ADDRESSES = ("198.51.100.1", "198.51.100.2")

@@ -22,8 +22,8 @@ The power of two of mxfp8 is rounded up: the smallest with which the block's lar
 most 448. The specification's own choice, 2^(floor(log2 largest) - 8), saturates blocks whose
 largest value has a mantissa above 1.75, about a fifth of all, and draws that value to zero. A
 product of two Gaussian operands has 28.5 dB this way and 27.6 that way, with log-normal rows 28.3
-and 26.1 (tests/monkey_patch/test_quantize.py keeps the difference). What torchao calls RCEIL and
-arXiv 2506.08027 trains with is rounded up too.
+and 26.1 (tests/monkey_patch/kernels/test_quantize.py keeps the difference). What torchao calls
+RCEIL and arXiv 2506.08027 trains with is rounded up too.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ times both scales to the accumulator. On Hopper, whose FP8 products keep about 1
 
 The scales of mxfp8 go into the tensor cores beside the values (`tl.dot_scaled`). Triton 3.7.1 emits
 Blackwell's instruction for this on sm_100 only for tiles of 128 rows: with 64 it multiplies in
-bfloat16 (compiled ahead of time, tests/monkey_patch/test_aot_fp8.py). Scales are loaded as they
-lie, since gathered rows fit no layout that the hardware could copy by itself.
+bfloat16 (compiled ahead of time, tests/monkey_patch/kernels/test_aot_fp8.py). Scales are loaded as
+they lie, since gathered rows fit no layout that the hardware could copy by itself.
 """
 
 from __future__ import annotations

@@ -1,0 +1,59 @@
+"""Read a checkpoint of any engine as one whole model, in one process without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from qwen3_sft.checkpoints.folders import load_whole_state
+from qwen3_sft.checkpoints.manifest import CheckpointError, verify
+from qwen3_sft.checkpoints.sharded import WEIGHTS, load_sharded_weights
+from qwen3_sft.checkpoints.trust import refuse_foreign_code
+from qwen3_sft.model.loading import load_strict
+from qwen3_sft.model.trust import load_config
+
+
+def load_checkpoint(folder: Path, *, trusted: bool = False) -> PreTrainedModel:
+    """Return the model of a verified checkpoint, on the CPU.
+
+    Memory: one copy of the weights, and for DeepSpeed's float32 shards a second one.
+
+    Args:
+        folder: the checkpoint.
+        trusted: load it although loading might run code (`--trust_checkpoint`).
+
+    Raises:
+        CheckpointError: damaged, holding what might run code, or written by DeepSpeed, which is not
+            installed.
+        ModelError: the files do not fit the model.
+    """
+    layout = verify(folder).get("layout", "whole")
+    refuse_foreign_code(folder, trusted=trusted)
+    if layout == "zero":
+        return _load_zero(folder)
+    if layout == "dtensor" and (folder / WEIGHTS).is_dir():
+        model = _empty_model(folder)
+        load_sharded_weights(model, folder)
+        return model
+    return load_strict(folder)
+
+
+def _empty_model(folder: Path) -> Any:
+    config = load_config(folder)
+    with no_init_weights():
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _load_zero(folder: Path) -> PreTrainedModel:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise CheckpointError(f"{folder} was saved by DeepSpeed; to read it: pip install deepspeed")
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    model = _empty_model(folder)
+    saved: Any = get_fp32_state_dict_from_zero_checkpoint(str(folder))
+    load_whole_state(model, saved, folder)
+    return model

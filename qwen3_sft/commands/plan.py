@@ -1,0 +1,111 @@
+"""`qwen3-sft plan`: memory, verdict and speed of a recipe, on GPUs that need not be here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from qwen3_sft.distributed.engine import Engine, check_experts, detect
+from qwen3_sft.launch.choice import choose, launch_environment, planned_model
+from qwen3_sft.options.recipe import Options, UsageError, parse_options
+from qwen3_sft.plan.nearest import describe_advice, nearest
+from qwen3_sft.plan.plan import DOES_NOT_FIT, Gpu, RunPlan
+from qwen3_sft.plan.planner import compute_dtype, plan_run
+from qwen3_sft.plan.weights import GIB
+
+_PER_NODE = 8
+
+
+def plan_command(argv: list[str]) -> tuple[Iterator[str], int]:
+    """Return the lines to print and the exit code: 3 if the run does not fit.
+
+    Args:
+        argv: `RECIPE [--gpus 1xH200] [--format text|json] [--option value ...]`.
+
+    Raises:
+        UsageError: an option, the recipe or the GPUs are wrong.
+    """
+    parser = argparse.ArgumentParser(prog="qwen3-sft plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("recipe", nargs="?")
+    parser.add_argument("--gpus")
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+    own, rest = parser.parse_known_args(argv)
+    if own.recipe is not None:
+        rest = ["--config", own.recipe, *rest]
+    count, gpu = _gpus(own.gpus)
+    planned = _Planned(rest, count, gpu)
+    plan = planned.plan(planned.options)
+    advice = nearest(planned.options, planned.engine, planned.plan) if plan.fits is False else None
+    lines = _text(planned, plan, advice) if own.format == "text" else iter([_json(plan, advice)])
+    return lines, DOES_NOT_FIT if plan.fits is False else 0
+
+
+class _Planned:
+    """The options of a recipe as the launcher would complete them for the GPUs."""
+
+    def __init__(self, argv: list[str], count: int, gpu: Gpu) -> None:
+        nodes = -(-count // _PER_NODE)
+        self.choice = choose(
+            argv, gpus_per_node=count // nodes, nodes=nodes, gpu_memory_gib=gpu.memory_gib,
+            environment=os.environ, needs_data=False,
+        )  # fmt: skip
+        self.environment = {
+            **launch_environment(self.choice), "LOCAL_WORLD_SIZE": str(count // nodes),
+        }  # fmt: skip
+        self.options = parse_options([*argv, *self.choice.run_flags], needs_data=False)
+        self.engine: Engine = detect(self.options.model, self.options.data, self.environment)
+        self.model, self.assumption = planned_model(self.options)
+        check_experts(self.engine, self.model.config.get_text_config().num_experts)
+        self.count, self.gpu = count, gpu
+
+    def plan(self, options: Options) -> RunPlan:
+        return plan_run(
+            self.model, options, self.engine, self.gpu, compute_dtype(options, on_gpu=True),
+            self.environment,
+        )  # fmt: skip
+
+
+def _gpus(words: str | None) -> tuple[int, Gpu]:
+    """Read `8xH200`; by default this machine's GPUs, or one H200 where there is none."""
+    if words is None:
+        count = torch.cuda.device_count()
+        return (count, Gpu.here()) if count else (1, Gpu.named("H200"))
+    found = re.fullmatch(r"(?:(\d+)\s*[xX]\s*)?(.+)", words.strip())
+    count = int(found[1] or 1) if found else 0
+    if found is None or count < 1:
+        raise UsageError(f"--gpus {words}: write it as 8xH200")
+    if count > _PER_NODE and count % _PER_NODE:
+        raise UsageError(f"--gpus {words}: several nodes have {_PER_NODE} GPUs each")
+    return count, Gpu.named(found[2])
+
+
+def _text(planned: _Planned, plan: RunPlan, advice: tuple[str, RunPlan] | None) -> Iterator[str]:
+    yield f"{planned.assumption}{planned.count} x {planned.gpu.name}: {planned.choice.reason}"
+    yield from plan.lines()
+    if plan.fits is False:
+        yield describe_advice(advice)
+
+
+def _json(plan: RunPlan, advice: tuple[str, RunPlan] | None) -> str:
+    parts = {name: size / GIB for name, size in plan.components().items()}
+    if plan.gpu is not None:
+        parts["temporaries"] += plan.gpu.reserve_gib
+    report: dict[str, Any] = {f"{name}_gib": round(size, 3) for name, size in parts.items()}
+    report |= {
+        "total_gib": round(plan.total_gib, 3),
+        "device_gib": None if plan.gpu is None else round(plan.gpu.memory_gib, 3),
+        "fits": plan.fits,
+        "tokens_per_micro_batch": plan.tokens_that_fit,
+        "tokens_per_second_per_gpu": plan.expected and round(plan.expected.tokens_per_second),
+        "engine": str(plan.engine),
+        "processes": plan.processes,
+        "layers": dict(plan.layers),
+        "nearest": advice and advice[0],
+    }
+    return json.dumps(report)

@@ -1,0 +1,200 @@
+"""Write a trained model as a hub checkpoint and prove that it loads as it was trained.
+
+transformers' conversion gives the hub's per-expert names. Added here: one tensor at a time instead
+of a second copy of the model, whatever engine holds it; `num_experts` in config.json (transformers
+writes only `num_local_experts`; readers that look for the other name fall back to the class default
+of 128); the base model's own tokenizer, template and generation files; and a reload that compares
+every tensor and the logits of a probe before the folder gets its final name.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from qwen3_sft.checkpoints.folders import publish
+from qwen3_sft.checkpoints.hub_writer import MAX_SHARD_BYTES, HubWriter
+from qwen3_sft.checkpoints.state_tensors import full_tensors
+from qwen3_sft.distributed.rank_zero import RankZero
+from qwen3_sft.export.check import Expected, ExportError, check_export, digest, probe
+from qwen3_sft.model.loading import TOKENIZER_FILES
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two signs of life from rank 0 while it checks; far below any group's timeout.
+_SIGN_OF_LIFE_S = 60.0
+
+# The launcher's and engines' variables: with them the check would look for other processes.
+_HIDDEN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_HIDDEN_PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "DS_")
+
+
+def export_model(
+    model: Any,
+    base: Path,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Export `model` to `folder` in hub layout, verified.
+
+    Collective: call it on every rank, with any engine. Rank 0 alone reads `base` and writes, and
+    holds one file's tensors and, while it gathers and converts, up to three copies of one tensor
+    beside its own part of the model. The check is a process on the CPU with one copy of the model.
+    It may take longer than the process group's timeout, so rank 0 takes part in a small broadcast
+    every minute: the others wait for as long as rank 0 lives, and no longer than that timeout
+    (`--dist_timeout_s`) after its last sign of life.
+
+    Args:
+        model: the trained model, unwrapped; its parameters stay as they are.
+        base: the checkpoint it started from; its tokenizer and generation files are copied.
+        folder: replaced if it exists, and only after the new one is verified.
+        dtype: of the written weights; None takes the base model's.
+        max_shard_bytes: of the tensors in one file.
+
+    Raises:
+        ExportError: on every rank. A key, shape, dtype, value or the probe's logits differ after
+            reloading, or rank 0 could not read, convert or write something.
+    """
+    rank0 = RankZero(folder, raises=ExportError)
+    export = rank0.do(_Export, model, base, folder, dtype, max_shard_bytes)
+    dtype = rank0.agree(export.dtype if export else None)
+    for name, tensor in full_tensors(model, dtype):
+        if tensor is not None:
+            # After a failure the loop goes on, without writing: the others are in it as well.
+            rank0.do(export.add, name, tensor)
+    rank0.agree()
+    logits = probe(model)
+    rank0.do(lambda: export.finish(logits, rank0.sign_of_life))
+    rank0.agree()
+
+
+class _Export:
+    """Rank 0's part: a folder that is written aside, checked and published."""
+
+    def __init__(
+        self, model: Any, base: Path, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int
+    ) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise ExportError(f"{folder}: a file stands in the export's place; remove it")
+        self.dtype = base_dtype(base) if dtype is None else dtype
+        self._folder = folder
+        self._staging = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(self._staging, ignore_errors=True)
+        self._staging.mkdir(parents=True)
+        logger.info("exporting to %s: writing, reloading, comparing", folder)
+        _write_config(model, self._staging, self.dtype)
+        for name in (*TOKENIZER_FILES, "generation_config.json"):
+            if (base / name).is_file():
+                shutil.copyfile(base / name, self._staging / name)
+        self._writer = HubWriter(model, self._staging, self.dtype, max_shard_bytes)
+        self._digests: dict[str, str] = {}
+        # Here a GPU has no room, Liger has replaced classes, or ZeRO-3 would shard what is loaded.
+        self._is_isolated = model.device.type != "cpu" or is_deepspeed_zero3_enabled()
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one entry of the state dict."""
+        self._digests[name] = digest(self._writer.add(name, tensor))
+
+    def finish(self, logits: torch.Tensor, on_wait: Callable[[], None]) -> None:
+        """Check and publish."""
+        self._writer.close()
+        expected = Expected(self._digests, logits)
+        verify(self._staging, expected, is_isolated=self._is_isolated, on_wait=on_wait)
+        publish(self._staging, self._folder)
+        logger.info(
+            "exported %s (%s, %d tensors, %.1f GB, reloaded and compared)", self._folder,
+            self.dtype, self._writer.num_tensors, self._writer.num_bytes / 1e9,
+        )  # fmt: skip
+
+
+def verify(
+    folder: Path,
+    expected: Expected,
+    *,
+    is_isolated: bool,
+    on_wait: Callable[[], None] = lambda: None,
+) -> None:
+    """Reload `folder` and compare.
+
+    Args:
+        folder: the written checkpoint.
+        expected: what the live model holds and says.
+        is_isolated: in a fresh process on the CPU, as somebody else would load it. Needed where a
+            GPU has no room for a second copy or Liger has replaced classes of transformers.
+        on_wait: called every minute while that process runs.
+
+    Raises:
+        ExportError: what differs.
+    """
+    if not is_isolated:
+        check_export(folder, expected)
+        return
+    notes = folder / ".expected"
+    expected.save(notes)
+    command = [sys.executable, "-m", "qwen3_sft.export.check", str(folder), str(notes)]
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in _HIDDEN and not key.startswith(_HIDDEN_PREFIXES)
+    }
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            output, errors = _communicate(process, on_wait)
+        finally:
+            process.kill()  # only matters when another rank has died meanwhile
+    shutil.rmtree(notes)
+    if process.returncode:
+        lines = (errors or output).strip().splitlines()
+        raise ExportError(lines[-1] if lines else f"{folder}: the check ended without a word")
+
+
+def _communicate(process: subprocess.Popen[str], on_wait: Callable[[], None]) -> tuple[str, str]:
+    while True:
+        try:
+            return process.communicate(timeout=_SIGN_OF_LIFE_S)
+        except subprocess.TimeoutExpired:
+            on_wait()
+
+
+def base_dtype(base: Path) -> torch.dtype:
+    """Return the dtype a checkpoint's config names; float32 if it names none."""
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return getattr(torch, str(name).removeprefix("torch."))
+
+
+def _write_config(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write config.json and generation_config.json as `save_pretrained` would, and the additions.
+
+    FSDP2 puts its name before the model's class.
+    """
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    path = folder / "config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    experts = written.get("num_experts", written.get("num_local_experts"))
+    written |= {
+        "num_experts": experts,
+        "num_local_experts": experts,
+        "dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+    }
+    path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,255 @@
+"""Find, check and load a Qwen3-MoE checkpoint; choose what computes its attention."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.distributed import DistributedConfig
+from transformers.distributed.fsdp import is_fsdp_enabled
+from transformers.distributed.utils import is_local_dist_rank_0
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_flash_attn_4_available,
+)
+
+from qwen3_sft.distributed.engine import Engine
+from qwen3_sft.logs import progress_bars
+from qwen3_sft.model.host_memory import blocks_given_back, reserve_weights
+from qwen3_sft.model.trust import ModelError, check_weights_files, load_config
+from qwen3_sft.options.args import EXPERT_PATCHES, ModelArguments
+
+logger = logging.getLogger(__name__)
+
+_ALONE = Engine("single")
+
+MODEL_TYPES = ("qwen3_moe",)
+CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
+# What a checkpoint folder holds beside the weights, and what an export copies unchanged.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def resolve_model(name: str, revision: str | None = None) -> Path:
+    """Return the local folder of a checkpoint, downloading a hub id first.
+
+    Raises:
+        ModelError: neither a folder with a config.json nor a hub id that can be fetched, or a
+            model type that this project does not train.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = _download(name, revision, CHECKPOINT_FILES)
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{folder}: no config.json; --model_name_or_path must name a checkpoint")
+    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ModelError(
+            f"{folder}: model_type is {model_type!r}; this project trains {', '.join(MODEL_TYPES)}"
+        )
+    return folder
+
+
+def num_experts(folder: Path) -> int:
+    """Return the experts of each layer of a checkpoint."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("num_experts") or config["num_local_experts"]
+
+
+def resolve_tokenizer(name: str, revision: str | None = None) -> Path:
+    """Return a local folder with the tokenizer, downloading only that of a hub id.
+
+    Raises:
+        ModelError: neither a folder nor a hub id that can be fetched.
+    """
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else _download(name, revision, TOKENIZER_FILES)
+
+
+def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep + os.sep in name:
+        raise ModelError(f"--model_name_or_path {name}: no such folder")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ModelError(
+            f"--model_name_or_path {name}: neither a folder nor a hub model that can be fetched "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the checkpoint's fast tokenizer.
+
+    Raises:
+        ModelError: no fast tokenizer, or control tokens of Qwen3 are missing.
+    """
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    missing = [t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.get_vocab()]
+    if not tokenizer.is_fast or missing:
+        raise ModelError(
+            f"{folder}: not a Qwen3 fast tokenizer"
+            + (f", it lacks {', '.join(missing)}" if missing else "")
+        )
+    return tokenizer
+
+
+def weights_dtype(
+    options: ModelArguments, engine: Engine = _ALONE, compute: torch.dtype = torch.float32
+) -> torch.dtype:
+    """Return the dtype the trained weights are kept in.
+
+    Args:
+        options: `dtype`.
+        engine: DeepSpeed keeps float32 master weights itself, beside weights in the compute dtype.
+        compute: of the products.
+    """
+    if options.dtype == "bfloat16":
+        return torch.bfloat16
+    return compute if engine.layout == "zero" else torch.float32
+
+
+def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Return the attention implementation and the reason for it.
+
+    Args:
+        requested: `auto` or a name.
+        device: where the model runs.
+        dtype: what attention computes in (the autocast dtype under autocast).
+
+    Raises:
+        ModelError: the requested one cannot run here, or could not keep documents apart.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    flash = {
+        "flash_attention_4": is_flash_attn_4_available,
+        "flash_attention_3": is_flash_attn_3_available,
+        "flash_attention_2": is_flash_attn_2_available,
+    }
+    if requested == "auto":
+        if device.type == "cuda" and half:
+            for name, is_available in flash.items():
+                if is_available():
+                    return name, "installed and the fastest that is"
+            return "torch_varlen", "flash-attn is not installed; torch's own varlen kernels"
+        return "torch_varlen", f"{device.type} in {dtype}: one attention call per document"
+    if requested in flash:
+        if device.type != "cuda" or not half:
+            raise ModelError(
+                f"--attn_implementation {requested} needs a CUDA device and bfloat16, this is "
+                f"{device.type} in {dtype}; use auto"
+            )
+        if not flash[requested]():
+            raise ModelError(f"--attn_implementation {requested}: not installed; use auto")
+    return requested, "as requested"
+
+
+def load_model(
+    folder: Path,
+    options: ModelArguments,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    *,
+    engine: Engine = _ALONE,
+    compute: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Load the weights, with Liger's RMSNorm and RoPE on CUDA.
+
+    Natively sharded and ZeRO-3 models come back as this process's shards. Under accelerate's FSDP
+    with cpu_ram_efficient_loading only the first process of a node reads weights, in the others
+    they are unset and take no memory. Those and plain models are on the CPU.
+
+    Liger's SwiGLU replacement stays off: it would bypass the experts registry silently. Its fused
+    cross entropy stays off too: the `linear_cross_entropy` patch projects labelled positions only.
+
+    Raises:
+        ModelError: a weight is missing, unexpected or of another shape.
+    """
+    kwargs: dict[str, Any] = {
+        "dtype": dtype,
+        # The patches switch to these two after loading; until then the stock twins stand in.
+        "attn_implementation": "sdpa" if attention == "torch_varlen" else attention,
+        "trust_remote_code": False,
+    }
+    if engine.kind == "native":
+        kwargs["distributed_config"] = DistributedConfig(
+            fsdp_size=engine.fsdp_size,
+            ep_size=engine.ep_size,
+            dp_replicate_size=engine.dp_replicate_size,
+            # Gathers in bfloat16, reduces in float32.
+            fsdp_mixed_precision=compute == torch.bfloat16,
+        )
+    is_overwritten = engine.kind == "fsdp" and is_fsdp_enabled() and not is_local_dist_rank_0()
+    if is_overwritten:
+        # transformers 5.23 would read all weights here too, and accelerate throw them away.
+        kwargs["device_map"] = {"": "meta"}
+    if options.experts_implementation not in EXPERT_PATCHES:
+        kwargs["experts_implementation"] = options.experts_implementation
+    use_liger = device.type == "cuda" if options.use_liger is None else options.use_liger
+    if use_liger and device.type != "cuda":
+        raise ModelError("--use_liger true: Liger's kernels need a CUDA device; leave it out")
+    loader: Any = AutoModelForCausalLM
+    if use_liger:
+        from liger_kernel.transformers import AutoLigerKernelForCausalLM
+
+        loader = AutoLigerKernelForCausalLM
+        kwargs |= {"swiglu": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    model = load_strict(folder, loader, **kwargs)
+    if is_overwritten:
+        reserve_weights(model)
+        model.tie_weights()
+    model.config.use_cache = False
+    return model
+
+
+def load_strict(folder: Path, loader: Any = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
+    """Run `from_pretrained` and refuse a checkpoint that does not fit the model exactly.
+
+    Nothing in the folder can run code: the classes are transformers' own, and weights are read from
+    safetensors files alone.
+
+    Raises:
+        ModelError: naming up to five weights that are missing, unexpected or mismatched; or the
+            folder has no safetensors files, or names code or files of elsewhere.
+    """
+    load_config(folder)
+    check_weights_files(folder)
+    kwargs |= {"use_safetensors": True, "trust_remote_code": False}
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    with progress_bars(size), blocks_given_back():
+        model, info = loader.from_pretrained(folder, output_loading_info=True, **kwargs)
+    problems = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
+    }
+    found = [
+        f"{len(keys)} {what}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys
+    ]
+    if found:
+        raise ModelError(f"{folder}: weights do not fit the model ({'; '.join(found)})")
+    return model

@@ -1,0 +1,214 @@
+"""The plan of one run, from its options and a model on the meta device.
+
+`--activation_checkpointing auto` is decided here: the fewest layers compute again with which the
+plan fits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from monkey_patch.kernels.linear_cross_entropy.op import CHUNK_TOKENS
+from qwen3_sft.distributed.engine import Engine, deepspeed_config
+from qwen3_sft.model.loading import weights_dtype
+from qwen3_sft.model.sizes import Sizes
+from qwen3_sft.options.args import EXPERT_PATCHES
+from qwen3_sft.options.recipe import Options, UsageError
+from qwen3_sft.plan.activations import ActivationPlan, Policy, activation_plan
+from qwen3_sft.plan.optimizer_states import OptimizerChoice, moved_bytes
+from qwen3_sft.plan.plan import Gpu, RunPlan
+from qwen3_sft.plan.step_time import StepTime, step_time
+from qwen3_sft.plan.weights import GIB, Row, memory_plan
+from qwen3_sft.training.arguments import accumulation_steps, optimizer_arguments, optimizer_name
+
+# What `auto` leaves free, of activations and temporaries: those are counted from what operators
+# save, not measured. Weights and states are known to the byte.
+AUTO_MARGIN = 0.1
+
+
+def plan_run(
+    model: PreTrainedModel,
+    options: Options,
+    engine: Engine,
+    gpu: Gpu | None,
+    compute: torch.dtype,
+    environment: Mapping[str, str] | None = None,
+) -> RunPlan:
+    """Plan a run.
+
+    Args:
+        model: on the meta device, unpatched.
+        options: of the run; unchanged.
+        engine: what spreads it over processes.
+        gpu: what it runs on, None if that is not known.
+        compute: dtype of the products.
+        environment: what accelerate's launcher sets; the process's own by default.
+
+    Raises:
+        UsageError: `auto` with experts whose memory is not counted.
+    """
+    env = os.environ if environment is None else environment
+    builder = _Builder(model, options, engine, gpu, compute, env)
+    wanted = options.train_values["activation_checkpointing"]
+    count = model.config.get_text_config().num_hidden_layers
+    if wanted != "auto":
+        return builder.plan({wanted: count})
+    if not builder.counts_activations:
+        raise UsageError(
+            "--activation_checkpointing auto knows only the memory of --experts_implementation "
+            f"scatter_moe, not of {options.model.experts_implementation}: set none, selective or "
+            "full"
+        )
+    # Without a GPU there is no memory to fill.
+    return builder.plan({"none": count}) if gpu is None else builder.lightest(count, gpu)
+
+
+def plan_here(
+    model: PreTrainedModel,
+    options: Options,
+    engine: Engine,
+    environment: Mapping[str, str] | None = None,
+) -> RunPlan:
+    """Plan a run on this machine; several processes are planned for GPUs, whatever is here.
+
+    Args:
+        model: on the meta device, unpatched.
+        options: of the run; unchanged.
+        engine: what spreads it over processes.
+        environment: what accelerate's launcher sets; the process's own by default.
+
+    Raises:
+        UsageError: as `plan_run`.
+    """
+    has_gpu = torch.cuda.is_available() and not options.train_values["use_cpu"]
+    return plan_run(
+        model, options, engine, Gpu.here() if has_gpu else None,
+        compute_dtype(options, on_gpu=has_gpu or engine.kind != "single"), environment,
+    )  # fmt: skip
+
+
+def compute_dtype(options: Options, *, on_gpu: bool) -> torch.dtype:
+    """Return the dtype of the products: bfloat16 on a GPU unless the options say float32."""
+    is_bf16 = options.model.dtype == "bfloat16" or options.train_values["bf16"]
+    if is_bf16 or (on_gpu and options.model.dtype == "auto"):
+        return torch.bfloat16
+    return torch.float32
+
+
+class _Builder:
+    """Plans of one run under different policies; what does not depend on them is counted once."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        options: Options,
+        engine: Engine,
+        gpu: Gpu | None,
+        compute: torch.dtype,
+        env: Mapping[str, str],
+    ) -> None:
+        self.config = model.config.get_text_config()
+        self.options, self.engine, self.gpu, self.compute = options, engine, gpu, compute
+        values = options.train_values
+        self.processes = int(env.get("WORLD_SIZE", "1"))
+        self.weights = weights_dtype(options.model, engine, compute)
+        self.optimizer = OptimizerChoice(
+            optimizer_name(values), optimizer_arguments(options, engine),
+            values["optimizer_in_backward"],
+        )  # fmt: skip
+        self.accumulation = accumulation_steps(values, self.processes)
+        shards = env.get("PARALLELISM_CONFIG_DP_SHARD_SIZE", "1")
+        self.memory = memory_plan(
+            model, engine, weights=self.weights, compute=compute, world_size=self.processes,
+            gpus_per_node=int(env.get("LOCAL_WORLD_SIZE", self.processes)),
+            shards=int(shards) if shards not in ("1", "None") else None,
+            deepspeed=deepspeed_config(env) if engine.layout == "zero" else None,
+            optimizer=self.optimizer, accumulates=self.accumulation > 1,
+        )  # fmt: skip
+        if options.model.fp8 in ("experts", "all"):
+            # Quantised once per pass, as products with the weight and with its transpose ask for.
+            size = 2 * Sizes.of(model).layer_experts // engine.ep_size
+            row = Row("temporaries", "experts of one layer in FP8, both layouts", size)
+            self.memory = dataclasses.replace(self.memory, rows=(*self.memory.rows, row))
+        shapes = [tuple(p.shape) for p in model.parameters()]
+        self.moved = moved_bytes(shapes, self.optimizer, self.weights)
+        self.tokens = values["per_device_train_batch_size"] * options.data.max_length
+        self.counts_activations = options.model.experts_implementation in EXPERT_PATCHES
+
+    def plan(self, layers: Mapping[Policy, int]) -> RunPlan:
+        return RunPlan(
+            engine=self.engine, processes=self.processes, memory=self.memory,
+            activations=self._activations(layers) if self.counts_activations else None,
+            layers=layers, tokens=self.tokens, row=self.options.data.max_length, gpu=self.gpu,
+            expected=self._expected(layers),
+        )  # fmt: skip
+
+    def lightest(self, count: int, gpu: Gpu) -> RunPlan:
+        """Return the fastest plan with room to spare, or the leanest."""
+        steps: list[tuple[Policy, Policy]] = [("selective", "none"), ("full", "selective")]
+        ladder: list[dict[Policy, int]] = [{"none": count}]
+        for dear, cheap in steps:
+            ladder += [{dear: n, cheap: count - n} for n in range(1, count)] + [{dear: count}]
+        plans = map(self.plan, ladder)
+        return next((p for p in plans if _has_room(p, gpu)), self.plan({"full": count}))
+
+    def _activations(self, layers: Mapping[Policy, int]) -> ActivationPlan:
+        is_whole = self.engine.layout == "whole"
+        return activation_plan(
+            self.config,
+            layers,
+            compute_bytes=self.compute.itemsize,
+            residual_bytes=(self.weights if is_whole else self.compute).itemsize,
+            keeps_hidden=self._keeps_hidden(layers),
+            chunk_tokens=CHUNK_TOKENS,
+            offload=self.options.train_values["activation_offload"],
+        )
+
+    def _keeps_hidden(self, layers: Mapping[Policy, int]) -> bool:
+        return experts_for(self.options.model.experts_implementation, layers) == "scatter_moe"
+
+    def _expected(self, layers: Mapping[Policy, int]) -> StepTime | None:
+        if self.gpu is None:
+            return None
+        shards = self.memory.shards if self.engine.shards_weights else 1
+        return step_time(
+            self.config, self.gpu.name, tokens=self.tokens,
+            mean_length=self.options.data.max_length, layers=layers,
+            keeps_hidden=self._keeps_hidden(layers), optimizer_bytes=self.moved,
+            accumulation=self.accumulation, shards=shards,
+            reduced_bytes=4 if self.engine.kind == "native" else self.compute.itemsize,
+        )  # fmt: skip
+
+
+def _has_room(plan: RunPlan, gpu: Gpu) -> bool:
+    parts = plan.components()
+    margin = AUTO_MARGIN * (parts["activations"] + parts["temporaries"]) / GIB
+    return plan.total_gib + margin <= gpu.memory_gib
+
+
+def experts_for(experts: Any, layers: Mapping[Policy, int]) -> Any:
+    """Return the experts implementation that goes with the policies.
+
+    Selective checkpointing keeps the experts' output, so their first product must not be kept.
+    """
+    return (
+        "scatter_moe_recompute" if experts == "scatter_moe" and layers.get("selective") else experts
+    )
+
+
+def with_options(options: Options, **values: Any) -> Options:
+    """Return a copy with other values of the model's, the data's or the training's options."""
+    model = {k: values.pop(k) for k in list(values) if hasattr(options.model, k)}
+    data = {k: values.pop(k) for k in list(values) if hasattr(options.data, k)}
+    return Options(
+        model=dataclasses.replace(options.model, **model),
+        data=dataclasses.replace(options.data, **data),
+        train_values={**options.train_values, **values},
+        recipe=options.recipe,
+    )

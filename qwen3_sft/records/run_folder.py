@@ -1,0 +1,138 @@
+"""The folder of one run: what is in it already, and the records written beside the weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwen3_sft.checkpoints.folders import newest_verified
+from qwen3_sft.checkpoints.manifest import verify
+from qwen3_sft.options.recipe import UsageError
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = (
+    "qwen3-sft", "torch", "triton", "transformers", "accelerate", "trl", "datasets",
+    "liger-kernel", "torchao", "flash-attn", "flash-attn-4", "deepspeed", "tokenizers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and records of `runs/NAME/`."""
+
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        """The exported model, hub layout."""
+        return self.path / "model"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Completions of held-out prompts."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        """Written last; its presence says that the run is finished."""
+        return self.path / "summary.json"
+
+    @property
+    def interrupted(self) -> Path:
+        """There while a signal has ended the run and nobody has started it again."""
+        return self.path / "INTERRUPTED"
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UsageError: it cannot be made or written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output_dir {self.path}: {error}") from error
+        if not os.access(self.path, os.W_OK):
+            raise UsageError(f"--output_dir {self.path}: not writable")
+
+    def summary(self) -> dict[str, Any] | None:
+        """Return the summary of a finished run, None of any other."""
+        if not self.summary_file.is_file():
+            return None
+        return json.loads(self.summary_file.read_text(encoding="utf-8"))
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write one record, replaced as a whole."""
+        partial = self.path / f".{name}.partial"
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        partial.rename(self.path / name)
+
+    def write_config(self, resolved: dict[str, Any]) -> None:
+        """Write config.yaml: the resolved options, usable as a recipe."""
+        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+        (self.path / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def check_resume(run: RunFolder, resume: str) -> None:
+    """Find a mistake in `--resume` before anything expensive begins.
+
+    Raises:
+        UsageError: `never` with a used folder, or a path that is no folder.
+    """
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise UsageError(f"--resume {resume}: no such folder (or `auto`, or `never`)")
+    # Rank 0 decides: it may have begun to write by the time others look.
+    if resume != "never" or int(os.environ.get("RANK", "0")):
+        return
+    used = [p.name for p in run.path.iterdir()] if run.path.is_dir() else []
+    if used:
+        raise UsageError(
+            f"--resume never: {run.path} is not empty ({', '.join(sorted(used)[:4])}); choose "
+            "another --output_dir or leave --resume at auto"
+        )
+
+
+def choose_checkpoint(run: RunFolder, resume: str) -> Path | None:
+    """Return the checkpoint to resume from, None for a fresh start.
+
+    Args:
+        run: the folder.
+        resume: `auto`, `never` or a checkpoint's path.
+
+    Raises:
+        CheckpointError: the named checkpoint is damaged.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        verify(Path(resume))
+        return Path(resume)
+    checkpoint, passed_over = newest_verified(run.path)
+    for reason in passed_over:
+        logger.warning("passed over a checkpoint: %s", reason)
+    return checkpoint
+
+
+def versions() -> dict[str, str]:
+    """Return Python's and the packages' versions, absent packages left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,239 @@
+"""SIGTERM and SIGUSR1 end training with a checkpoint at the step's end, on all ranks alike.
+
+The handler only remembers the signal. Every rank's memory rides in the all-reduce of the step's
+loss and in the one wait for the device that a step has anyway, so that all ranks know of it at the
+same step, whichever of them was signalled. The step is finished, logged, evaluated if that is due,
+and saved; then `Interrupted` leaves the training loop before anything that belongs to its end.
+
+Upstream's own way saves before the optimizer's step, when random states are one micro-batch ahead:
+what it saves does not resume exactly with dropout (transformers 5.23, `JITCheckpointCallback`).
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import TrainerCallback, TrainerState
+
+from qwen3_sft.distributed.rank_zero import on_first_rank
+from qwen3_sft.launch.agent import INTERRUPTED_CODE, SIGNALS
+from qwen3_sft.records.run_folder import RunFolder
+from qwen3_sft.training.data_workers import let_workers_outlive_signals
+from qwen3_sft.training.memory_guard import MemoryTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):  # noqa: N818 - no error: the run is saved and goes on later
+    """A signal has ended training, and a checkpoint of its last step is written."""
+
+
+class Interruption(TrainerCallback):
+    """What a rank knows of signals; inside `with`, and from the beginning of training, it listens.
+
+    Before and after that the signals do what they did: there is nothing to save, and the same
+    command repeats an export that was ended.
+    """
+
+    def __init__(self) -> None:
+        """Hear nothing yet."""
+        self.signal: signal.Signals | None = None  # that all ranks agree on
+        self._received: signal.Signals | None = None  # on this rank
+        self._num_ignored = 0
+        self._former: dict[int, Any] = {}
+        self._waits_for_epoch_end = False
+        self._save_began = 0.0
+        self.save_s = 0.0
+        self.saved_step = -1
+
+    # ---- signals ----
+
+    def __enter__(self) -> Self:
+        """Forget earlier signals."""
+        self.signal = self._received = None
+        self._num_ignored = 0
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        """Put the former handlers back, but have an interrupted run ignore further signals.
+
+        Its process is about to end, and that shall not change its exit code. Python takes its own
+        handlers away before the last of its threads has ended.
+        """
+        if isinstance(error, Interrupted):
+            for number in self._former:
+                signal.signal(number, signal.SIG_IGN)
+        else:
+            self.restore()
+
+    def listen(self) -> None:
+        """Install the handlers; only the main thread can."""
+        if not self._former:
+            self._former = {number: signal.signal(number, self._receive) for number in SIGNALS}
+
+    def restore(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._former.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._former = {}
+
+    def stop_listening(self) -> None:
+        """Put the former handlers back; a signal that nobody has agreed on does what it would."""
+        self.restore()
+        if self._received is not None and self.signal is None:
+            signal.raise_signal(signal.SIGTERM)  # SIGUSR1 may be ignored, as a launcher leaves it
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received is None:
+            self._received = signal.Signals(number)
+        else:
+            self._num_ignored += 1
+
+    # ---- agreement ----
+
+    def votes(self, like: Tensor) -> Tensor:
+        """Return (1 + 2,): `like`, a scalar, and 1.0 for the signal that this rank has received."""
+        votes = like.new_zeros(1 + len(SIGNALS))
+        votes[0] = like
+        if self._received is not None:
+            votes[1 + SIGNALS.index(self._received)].fill_(1.0)
+        return votes
+
+    def agree(self, votes: list[float]) -> None:
+        """Take what the ranks' votes, without the scalar, sum up to."""
+        if any(votes) and self.signal is None:
+            self.signal = SIGNALS[votes.index(max(votes))]
+            self._save_began = time.monotonic()
+
+    # ---- training ----
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Begin to listen; the run goes on, so that it is not an interrupted one any more."""
+        if state.is_world_process_zero:
+            RunFolder(Path(args.output_dir)).interrupted.unlink(missing_ok=True)
+        self.saved_step = state.global_step  # what the run resumes from
+        self.listen()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Have the step saved, whatever `save_strategy` says, and be the last."""
+        if self.signal is None:
+            return
+        control.should_training_stop = True
+        control.should_log = True  # sums of steps since the last record are in no checkpoint
+        is_last = state.epoch == int(state.epoch or 0) or state.global_step >= state.max_steps
+        # Whatever the epoch's end evaluates or saves has to be in the one checkpoint of this step.
+        self._waits_for_epoch_end = is_last and "epoch" in (args.eval_strategy, args.save_strategy)
+        control.should_save = not self._waits_for_epoch_end
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Upstream comes here in the middle of an epoch, too."""
+        if self.signal is None:
+            return
+        control.should_save = self._waits_for_epoch_end
+        control.should_evaluate = control.should_evaluate and self._waits_for_epoch_end
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Leave the evaluation out of the time that saving takes."""
+        self._save_began = time.monotonic()
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Remember what is saved."""
+        self.saved_step = state.global_step
+        self.save_s = time.monotonic() - self._save_began
+        if self._num_ignored:
+            logger.warning("%d more signals came and were ignored", self._num_ignored)
+
+
+class InterruptibleTrainer(MemoryTrainer):
+    """Trainer that a signal ends with `Interrupted`, after a checkpoint."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        """Set up the callback.
+
+        Args:
+            **kwargs: as for `MemoryTrainer`.
+        """
+        super().__init__(**kwargs)
+        self.interruption = Interruption()
+        self.add_callback(self.interruption)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Listen to signals from the beginning of training at most until this ends."""
+        with self.interruption:
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Have its workers leave signals to this process."""
+        loader: Any = super()._get_dataloader(*args, **kwargs)
+        let_workers_outlive_signals(loader.base_dataloader)
+        return loader
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """With `save_strategy best` this decides whether to save."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        return is_best or self.interruption.signal is not None
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Leave here if interrupted: the best checkpoint must not be loaded, nor others removed.
+
+        Raises:
+            Interrupted: saying where the run goes on from.
+        """
+        super()._run_epoch(*args, **kwargs)
+        if self.interruption.signal is not None:
+            self._leave()
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        """Hear signals that came after the last step's agreement, as during its save.
+
+        Raises:
+            Interrupted: as after any other step.
+        """
+        votes = self.interruption.votes(torch.zeros((), device=self.args.device))
+        if self.args.world_size > 1:
+            dist.all_reduce(votes)
+        self.interruption.agree(votes.tolist()[1:])
+        if self.interruption.signal is not None:
+            if self.interruption.saved_step != self.state.global_step:
+                self._save_checkpoint(self.model_wrapped, trial)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self._leave()
+        self.interruption.stop_listening()
+        return super()._finalize_training(trial, *args, **kwargs)
+
+    def _leave(self) -> None:
+        found, step = self.interruption, self.state.global_step
+        assert found.signal is not None
+        assert found.saved_step == step, (found.saved_step, step)
+        checkpoint = self._output_dir / f"checkpoint-{step}"
+        record = {
+            "signal": found.signal.name,
+            "step": step,
+            "checkpoint": str(checkpoint),
+            "to go on": "start the same command again",
+        }
+        # Collective: no rank ends, and has its launcher end the others, before all is written.
+        on_first_rank(lambda: _write(RunFolder(self._output_dir), record))
+        raise Interrupted(
+            f"interrupted by {found.signal.name} at step {step}: saved {checkpoint} in "
+            f"{found.save_s:.0f} s; the same command goes on from it (exit code "
+            f"{INTERRUPTED_CODE})"
+        )
+
+
+def _write(folder: RunFolder, record: dict[str, Any]) -> None:
+    try:
+        folder.write_json(folder.interrupted.name, record)
+    except OSError as error:  # the checkpoint is written, this is only a note
+        logger.warning("%s: %s", folder.interrupted, error)

@@ -1,0 +1,197 @@
+"""Efficiency and health of a run: one record per logged step, to metrics.jsonl and the screen.
+
+Counts are kept as plain Python numbers on the host (the collator knows them), so that they cost
+no device synchronisation; they are summed over ranks only when a step is logged.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen3_sft.hardware import MemoryStats
+from qwen3_sft.packing.collator import BatchStats
+from qwen3_sft.plan.advice import MemorySettings, advice
+
+logger = logging.getLogger(__name__)
+
+# The keys of metrics.jsonl and their order: a contract (docs/design.md).
+KEYS = (
+    "step", "epoch", "loss", "aux_loss", "grad_norm", "learning_rate", "step_time_s", "tokens",
+    "tokens_per_second_per_gpu", "label_tokens", "padding_fraction", "model_tflops_per_gpu", "mfu",
+    "peak_memory_gib", "expert_load_max_over_mean", "router_entropy", "skipped_steps",
+    "lost_update_fraction", "lost_update_mass", "compiles_total", "tokens_seen",
+)  # fmt: skip
+
+
+_FULL = 0.95  # share of memory above which the allocator begins to thrash
+
+
+@dataclass
+class Window:
+    """Sums over the steps since the last log line, of this rank unless said otherwise.
+
+    Time spent in evaluation, sampling and saving is not training time: wrap it in `pause()`.
+    """
+
+    steps: int = 0
+    stats: BatchStats = field(default_factory=lambda: BatchStats(0, 0, 0, 0, 0))
+    flops: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    paused_s: float = 0.0
+
+    def add(self, stats: BatchStats, flops: float) -> None:
+        """Count one micro-batch."""
+        self.stats += stats
+        self.flops += flops
+
+    def sums(self) -> list[float]:
+        """Tokens, label tokens, padding tokens, model FLOPs: what is summed over ranks."""
+        return [
+            float(self.stats.tokens),
+            float(self.stats.label_tokens),
+            float(self.stats.padded_tokens),
+            self.flops,
+        ]
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave what happens inside out of the step time."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.paused_s += time.perf_counter() - began
+
+    def seconds(self) -> float:
+        """Training seconds since the window began."""
+        return time.perf_counter() - self.started - self.paused_s
+
+
+def throughput(
+    window_sums: Sequence[float],
+    *,
+    seconds: float,
+    steps: int,
+    num_gpus: int,
+    peak_flops: float | None,
+) -> dict[str, float | None]:
+    """Turn sums over all ranks into per-second figures.
+
+    Args:
+        window_sums: `Window.sums()`, added up over all ranks.
+        seconds: training time of the window.
+        steps: optimizer steps in it.
+        num_gpus: processes.
+        peak_flops: dense FLOP/s of one device in the compute dtype; None gives no MFU.
+    """
+    tokens, label_tokens, padding, flops = window_sums
+    flops_per_gpu = flops / seconds / num_gpus
+    return {
+        "step_time_s": seconds / steps,
+        "tokens": int(tokens),
+        "tokens_per_second_per_gpu": tokens / seconds / num_gpus,
+        "label_tokens": int(label_tokens),
+        "padding_fraction": padding / (tokens + padding) if tokens + padding else 0.0,
+        "model_tflops_per_gpu": flops_per_gpu / 1e12,
+        "mfu": None if peak_flops is None else flops_per_gpu / peak_flops,
+    }
+
+
+class StepLines:
+    """JSON lines with a `step`, such as metrics.jsonl. A full disk costs the file, not the run."""
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        """Start anew, or keep what a resumed run wrote up to the step it resumes from."""
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if path.exists() and resume_step is not None:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step(line) <= resume_step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; a non-finite value becomes a string, JSON has no word for it."""
+        line = json.dumps(
+            {key: _json_number(value) for key, value in record.items()}, ensure_ascii=False
+        )
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            logger.warning("cannot write %s (%s); training goes on", self.path, error)
+
+
+class MemoryWatch:
+    """Warns when the allocator thrashes or is about to; each kind once per further retry."""
+
+    def __init__(self, run: MemorySettings) -> None:
+        """Begin with nothing seen.
+
+        Args:
+            run: the options to advise on.
+        """
+        lines = advice(run, "forward and backward of a micro-batch")
+        self._advice = "set " + ", or ".join(lines[:3])
+        self._retries = 0
+        self._has_warned = False
+
+    def check(self, memory: MemoryStats) -> None:
+        """Log what to set when allocations were retried or over 95% of memory is reserved."""
+        if memory.allocation_retries > self._retries:
+            self._retries = memory.allocation_retries
+            logger.warning(
+                "the CUDA allocator had to flush its cache %d times so far, each one stalls the "
+                "GPU: %s", self._retries, self._advice,
+            )  # fmt: skip
+        share = memory.peak_reserved_gib / memory.total_gib
+        if share > _FULL and not self._has_warned:
+            self._has_warned = True
+            logger.warning("%.0f%% of memory is in use: %s", 100 * share, self._advice)
+
+
+def _step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):  # the last line of a killed run may be cut
+        return 1 << 62
+
+
+def _json_number(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def log_line(record: dict[str, Any], max_steps: int, seconds_left: float) -> str:
+    """Return the one line a person watches."""
+    parts = [f"step {record['step']}/{max_steps}", f"loss {record['loss']:.4f}"]
+    if record.get("grad_norm") is not None:
+        parts.append(f"grad {record['grad_norm']:.3g}")
+    parts.append(f"lr {record['learning_rate']:.3g}")
+    parts.append(f"{record['tokens_per_second_per_gpu']:,.0f} tok/s/GPU")
+    parts.append(f"{record['model_tflops_per_gpu']:.3g} TFLOP/s")
+    if record["mfu"] is not None:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    parts.append(f"{record['peak_memory_gib']:.1f} GiB")
+    if record.get("expert_load_max_over_mean") is not None:
+        parts.append(f"experts {record['expert_load_max_over_mean']:.2f}x")
+    if record["skipped_steps"]:
+        parts.append(f"SKIPPED {record['skipped_steps']}")
+    parts.append(f"{duration(seconds_left)} left")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Return 1h02m, 3m04s or 5s."""
+    total = round(seconds)
+    hours, minutes = total // 3600, total % 3600 // 60
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{total % 60:02d}s" if minutes else f"{total}s"

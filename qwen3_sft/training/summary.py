@@ -1,0 +1,49 @@
+"""What a finished run says of itself, in summary.json and on the screen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwen3_sft.records.run_folder import RunFolder
+from qwen3_sft.training.completions import before_and_after
+from qwen3_sft.training.trainer import SftTrainer
+
+
+def write_summary(trainer: SftTrainer, folder: RunFolder) -> str:
+    """Mark the run as finished; return what happened, in words. On rank 0.
+
+    Args:
+        trainer: has trained.
+        folder: of the run; its model is exported.
+    """
+    # None where early stopping came before the first record.
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] or [None]
+    summary = {
+        "finished": True,
+        "steps": trainer.state.global_step,
+        "first_loss": losses[0],
+        "loss": losses[-1],
+        "best_metric": trainer.state.best_metric,
+        "skipped_steps": trainer.skipped_steps,
+        "tokens_seen": trainer.tokens_seen,
+        "model": str(folder.model),
+    }
+    folder.write_json("summary.json", summary)
+    return (
+        f"done: loss {_in_words(losses[0])} -> {_in_words(losses[-1])} in {summary['steps']} "
+        f"steps, model in {folder.model}\n{before_and_after(folder.samples)}"
+    )
+
+
+def describe_summary(folder: RunFolder, summary: dict[str, Any]) -> str:
+    """Return what a second start says of a finished run."""
+    return (
+        f"{folder.path} holds a finished run: {summary['steps']} steps, "
+        f"final loss {_in_words(summary['loss'])}, model in {folder.model}\n"
+        f"{before_and_after(folder.samples)}\n"
+        "Nothing was changed. To train again choose another --output_dir, or remove the folder."
+    )
+
+
+def _in_words(loss: float | None) -> str:
+    return "not logged" if loss is None else f"{loss:.4f}"

@@ -1,0 +1,79 @@
+import json
+
+import pytest
+import torch
+
+from qwen3_sft.demo.model import write_checkpoint
+from qwen3_sft.model.loading import (
+    ModelError,
+    choose_attention,
+    load_model,
+    load_strict,
+    load_tokenizer,
+    resolve_model,
+)
+from qwen3_sft.options.args import ModelArguments
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def base(tokenizer, tmp_path):
+    write_checkpoint(tmp_path / "base", tokenizer)
+    return tmp_path / "base"
+
+
+def test_a_folder_is_resolved_and_loads(base):
+    assert resolve_model(str(base)) == base
+    assert len(load_tokenizer(base)) == 1024
+    model = load_model(base, ModelArguments(), CPU, torch.bfloat16, "torch_varlen")
+    assert model.dtype == torch.bfloat16
+    assert model.config.use_cache is False
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm", "eager"])
+def test_experts_implementation_reaches_the_config(base, experts):
+    options = ModelArguments(experts_implementation=experts)
+    model = load_model(base, options, CPU, torch.float32, "eager")
+    assert model.config._experts_implementation == experts
+    assert model.config._attn_implementation == "eager"
+
+
+def test_wrong_models_are_named(base, tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match="no such folder"):
+        resolve_model(str(tmp_path / "absent"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        resolve_model(str(tmp_path / "empty"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    with pytest.raises(ModelError, match="'llama'"):
+        resolve_model(str(base))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match="neither a folder nor a hub model"):
+        resolve_model("nobody/nothing")
+
+
+def test_missing_weights_are_named(base):
+    index = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(index | {"num_hidden_layers": 5}))
+    with pytest.raises(ModelError, match=r"missing: model\.layers\.4\."):
+        load_strict(base)
+
+
+def test_liger_needs_a_gpu(base):
+    with pytest.raises(ModelError, match="--use_liger"):
+        load_model(base, ModelArguments(use_liger=True), CPU, torch.float32, "sdpa")
+
+
+def test_attention_is_chosen_for_the_device():
+    assert choose_attention("auto", CPU, torch.float32)[0] == "torch_varlen"
+    # flash-attn is not installed here
+    assert choose_attention("auto", CUDA, torch.bfloat16)[0] == "torch_varlen"
+    assert choose_attention("sdpa", CUDA, torch.bfloat16)[0] == "sdpa"
+    with pytest.raises(ModelError, match="needs a CUDA device and bfloat16"):
+        choose_attention("flash_attention_2", CPU, torch.bfloat16)
+    with pytest.raises(ModelError, match="needs a CUDA device and bfloat16"):
+        choose_attention("flash_attention_2", CUDA, torch.float32)
+    with pytest.raises(ModelError, match="not installed"):
+        choose_attention("flash_attention_3", CUDA, torch.bfloat16)

@@ -1,0 +1,234 @@
+"""The ZeRO-3 units of real configurations, computed by DeepSpeed itself on the meta device."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
+
+from qwen3_sft.demo.model import tiny_config
+from qwen3_sft.families.known_models import KNOWN_CONFIGS
+from qwen3_sft.launch.cpu_adam import (
+    check_build_tools,
+    prebuild_cpu_adam,
+    refuse_stale_locks,
+    stale_build_locks,
+)
+from qwen3_sft.options.recipe import UsageError
+from qwen3_sft.plan.zero3_units import (
+    Unit,
+    check_zero3,
+    describe,
+    granularity_threshold,
+    zero3_units,
+)
+from tests.support.source_tree import ROOT
+
+KNOWN = KNOWN_CONFIGS["Qwen/Qwen3-30B-A3B"]
+STAGE_3 = sorted((ROOT / "config/deepspeed").glob("zero3*.json"))
+LAYER = {"leaf_module": {"classes": ["Qwen3MoeDecoderLayer"]}}
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3MoeForCausalLM:
+    with torch.device("meta"):
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**KNOWN))
+
+
+def shipped(name: str) -> dict:
+    return json.loads((ROOT / f"config/deepspeed/{name}.json").read_text(encoding="utf-8"))
+
+
+def stage_3(**settings) -> dict:
+    return {"zero_optimization": {"stage": 3, **settings}}
+
+
+@pytest.mark.parametrize("path", STAGE_3, ids=lambda path: path.stem)
+def test_shipped_files_make_each_layer_a_unit(model, path):
+    units = check_zero3(model, shipped(path.stem))
+    assert units == [Unit("Qwen3MoeDecoderLayer", 48, 623_120_640)]
+    line = "ZeRO-3 units: 48 x Qwen3MoeDecoderLayer of 623.1 M parameters"
+    assert describe(units) == line
+
+
+def test_shipped_threshold_suffices_without_class_names(model):
+    config = shipped("zero3_threshold")
+    config["zero_optimization"]["leaf_module"] = {"classes": []}
+    assert check_zero3(model, config) == [Unit("Qwen3MoeDecoderLayer", 48, 623_120_640)]
+    least = granularity_threshold(model)
+    assert least == 47_932_356 <= config["zero_optimization"]["stage3_module_granularity_threshold"]
+    below = stage_3(leaf_module={"classes": []}, stage3_module_granularity_threshold=least - 1)
+    assert "Qwen3MoeDecoderLayer" not in {unit.name for unit in zero3_units(model, below)}
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload"])
+def test_vision_language_model_has_its_layers_as_units(name):
+    config = Qwen3VLMoeConfig(text_config={**KNOWN, "num_hidden_layers": 2})
+    with torch.device("meta"):
+        model = Qwen3VLMoeForConditionalGeneration(config)
+    units = check_zero3(model, shipped(name))
+    assert units == [Unit("Qwen3VLMoeTextDecoderLayer", 2, 623_120_640)]
+
+
+def test_what_old_and_advised_values_select(model):
+    """The value of the layout with separate experts: nothing; DeepSpeed's advice: attention."""
+    none = stage_3(leaf_module={"classes": []}, stage3_module_granularity_threshold=1_175_567)
+    assert zero3_units(model, none) == []
+    advised = stage_3(leaf_module={"classes": []}, stage3_module_granularity_threshold=2_696_374)
+    assert zero3_units(model, advised) == [Unit("Qwen3MoeAttention", 48, 18_874_624)]
+    # DeepSpeed's own list of classes knows the text model's block.
+    assert zero3_units(model, stage_3()) == [Unit("Qwen3MoeSparseMoeBlock", 48, 604_241_920)]
+    for config in (none, advised):
+        with pytest.raises(UsageError, match="48 MoE blocks") as error:
+            check_zero3(model, config)
+        assert '["Qwen3MoeDecoderLayer"]' in str(error.value)
+        assert "stage3_module_granularity_threshold to 47932356" in str(error.value)
+
+
+def test_the_model_is_left_unchanged(model):
+    before = [sorted(vars(m)) for m in model.modules()]
+    check_zero3(model, shipped("zero3_threshold"))
+    assert [sorted(vars(m)) for m in model.modules()] == before
+    assert not any("ds_numel" in vars(p) for p in model.parameters())
+
+
+def test_a_threshold_makes_a_small_model_one_unit():
+    with torch.device("meta"):
+        tiny = Qwen3MoeForCausalLM(tiny_config(1024))
+    assert {unit.name for unit in check_zero3(tiny, shipped("zero3"))} == {"Qwen3MoeDecoderLayer"}
+    assert zero3_units(tiny, shipped("zero3_threshold"))[0].name == "Qwen3MoeForCausalLM"
+    with pytest.raises(UsageError, match="several MoE blocks in one unit"):
+        check_zero3(tiny, shipped("zero3_threshold"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stage3_prefetch_bucket_size": "auto"}, "prefetch_bucket_size 3774873 is too small"),
+        ({"stage3_prefetch_bucket_size": 622_854_143}, "set it to 622854144 or more"),
+        ({"stage3_max_live_parameters": 1_868_038_143}, "set it to 1868038144 or more"),
+        ({"stage3_max_live_parameters": 1e9}, "max_live_parameters 1000000000 is too small"),
+    ],
+)
+def test_limits_smaller_than_a_unit_are_refused(model, settings, message):
+    config = shipped("zero3")
+    config["zero_optimization"] |= settings
+    with pytest.raises(UsageError, match=message):
+        check_zero3(model, config)
+
+
+@pytest.mark.parametrize("path", STAGE_3, ids=lambda path: path.stem)
+def test_numbers_of_the_shipped_files(model, path):
+    """What the docstring of qwen3_sft/plan/zero3_units.py says of each."""
+    zero = shipped(path.stem)["zero_optimization"]
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    persistent = {n for n, s in sizes.items() if s <= zero["stage3_param_persistence_threshold"]}
+    small = {n for n in sizes if "norm" in n or n.endswith("mlp.gate.weight")}
+    assert persistent == small
+    first = {n: s for n, s in sizes.items() if ".layers.0." in n}
+    sharded = sum(s for n, s in first.items() if n not in persistent)
+    assert zero["stage3_prefetch_bucket_size"] == sharded
+    ends = sizes["model.embed_tokens.weight"] + sizes["lm_head.weight"]
+    assert zero["stage3_max_live_parameters"] >= 2 * sharded + ends
+    # From the end of the last layer to its backward pass: norm and head. To that of the layer
+    # before: the last layer as well.
+    reuse = zero["stage3_max_reuse_distance"]
+    assert sizes["lm_head.weight"] + sizes["model.norm.weight"] < reuse <= sum(first.values())
+    experts = {n: s for n, s in first.items() if "experts" in n}
+    assert sum(first.values()) - sum(experts.values()) <= zero["reduce_bucket_size"]
+    assert min(experts.values()) > zero["reduce_bucket_size"]
+
+
+def test_bucket_of_stage_2_holds_the_largest_tensor(model):
+    zero = shipped("zero2")["zero_optimization"]
+    assert zero["reduce_bucket_size"] >= max(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["zero2", *(path.stem for path in STAGE_3)])
+def test_deepspeed_reads_what_is_set(name):
+    """An unknown key would be kept as an extra field, and one that is misspelt ignored."""
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = shipped(name)
+    zero = config["zero_optimization"]
+    known = {f.alias or n for n, f in DeepSpeedZeroConfig.model_fields.items()}
+    assert set(zero) <= known
+    # A step whose gradients are not finite is left out: stage 3 always looks, stage 2 if told to.
+    assert DeepSpeedBF16Config(enabled=True, check_grad_overflow=True).check_grad_overflow
+    assert config["bf16"] == {"enabled": "auto", "check_grad_overflow": True}
+    assert "offload_optimizer" in zero or "offload" not in name
+
+
+@pytest.fixture
+def extensions(tmp_path) -> tuple[dict[str, str], Path]:
+    folder = tmp_path / "cpu_adam"
+    folder.mkdir()
+    return {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}, folder
+
+
+def test_a_lock_is_stale_when_nobody_has_it_open(extensions):
+    environment, folder = extensions
+    assert stale_build_locks(environment) == []
+    lock = folder / "lock"
+    # As torch's FileBaton does it, in this very process.
+    handle = os.open(lock, os.O_CREAT | os.O_EXCL)
+    assert stale_build_locks(environment) == []
+    refuse_stale_locks(environment)
+    os.close(handle)
+    assert stale_build_locks(environment) == [lock]
+    with pytest.raises(UsageError, match=f"rm {lock}"):
+        refuse_stale_locks(environment)
+    with pytest.raises(UsageError, match=f"rm {lock}"):
+        prebuild_cpu_adam(shipped("zero3_offload"), environment)
+    assert not prebuild_cpu_adam(shipped("zero3"), environment)
+
+
+def test_lock_in_the_default_folder_is_found(tmp_path):
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
+    folder = tmp_path / ".cache/torch_extensions" / f"{python}_cu130" / "cpu_adam"
+    folder.mkdir(parents=True)
+    (folder / "lock").touch()
+    assert stale_build_locks({"HOME": str(tmp_path)}) == [folder / "lock"]
+
+
+def test_nothing_is_built_twice_or_needlessly(extensions):
+    environment, folder = extensions
+    (folder / "cpu_adam.so").touch()
+    assert not prebuild_cpu_adam(shipped("zero3_offload"), environment)
+    assert not prebuild_cpu_adam(shipped("zero2"), environment)
+
+
+def test_missing_build_tools_are_named(tmp_path):
+    with pytest.raises(UsageError, match="no-such-compiler is not installed: apt install g"):
+        check_build_tools({**os.environ, "CXX": "no-such-compiler"})
+
+
+def test_a_build_that_fails_says_why(extensions, tmp_path):
+    """With a compiler that only fails, which takes no minutes."""
+    environment, _ = extensions
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n", encoding="utf-8")
+    broken.chmod(0o755)
+    environment |= {"CXX": str(broken), "DS_ACCELERATOR": "cpu"}
+    with pytest.raises(UsageError, match="does not compile"):
+        prebuild_cpu_adam(shipped("zero3_offload"), environment)
+
+
+def test_micro_batches_are_added_in_float32():
+    """DeepSpeed's default is the dtype of the weights: 8 bits of each micro-batch's gradient."""
+    from deepspeed.runtime.config import DtypeEnum
+
+    for name in ("zero3", "zero3_threshold"):
+        dtype = shipped(name)["data_types"]["grad_accum_dtype"]
+        assert DtypeEnum(dtype).value == torch.float32

@@ -1,7 +1,0 @@
-from tests import faults
-
-
-def test_the_table_in_the_documentation_is_that_of_the_tests():
-    text = faults.DOCUMENT.read_text("utf-8")
-    assert faults.documented(text) == text, "run: python -m tests.faults"
-    assert faults.table().count("\n") > 20
