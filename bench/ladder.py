@@ -5,8 +5,8 @@
 
 `--run` measures the rows through `parts/step/measure.py` in one process and writes one file per
 row as soon as it is known, so that a run that is cut off keeps what it has. Options that no row
-changes (model, depth, lengths, dtype, optimizer, routing) are those of `bench/step.py`. A row that fails
-is a result too: its file holds the error. All rows share the trainer, the data and the cross
+changes (model, depth, lengths, dtype, optimizer, routing) are those of `bench/step.py`. A row that
+fails is a result too: its file holds the error. All rows share the trainer, the data and the cross
 entropy in chunks of labelled positions; `parts/step/rows.py` says how each attention's batch is
 laid out.
 """

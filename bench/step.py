@@ -28,8 +28,8 @@ from parts.step.measure import attempt, resolve
 from parts.step.options import ROWS, StepOptions, pick, row_options
 from transformers import HfArgumentParser
 
+from qwen3_sft.errors import UsageError
 from qwen3_sft.logs import set_up_logging
-from qwen3_sft.options.recipe import UsageError
 
 
 def parser(description: str | None, **defaults: Any) -> HfArgumentParser:

@@ -14,7 +14,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
-    TrainerState,
 )
 
 from monkey_patch.router_aux_loss import router_statistics
@@ -22,17 +21,16 @@ from qwen3_sft.checkpoints.folders import step_of
 from qwen3_sft.checkpoints.save import rows_per_step
 from qwen3_sft.data.prepare import TokenDataset
 from qwen3_sft.distributed.engine import Engine
+from qwen3_sft.errors import UsageError
 from qwen3_sft.hardware import device_info
 from qwen3_sft.model.activation_checkpointing import enable_checkpointing
 from qwen3_sft.model.layer_compile import RecompileWatch, compile_layers
 from qwen3_sft.options.args import DataArguments, TrainArguments
-from qwen3_sft.options.recipe import UsageError
 from qwen3_sft.packing.collator import PackedCollator
-from qwen3_sft.packing.isolation import check_isolation
 from qwen3_sft.packing.rows import PackedDataset
 from qwen3_sft.plan.plan import RunPlan
 from qwen3_sft.records.run_folder import RunFolder, versions
-from qwen3_sft.training.callbacks import EarlyStopping
+from qwen3_sft.training.callbacks import EarlyStopping, EpochCallback, StartCallback, StopAfter
 from qwen3_sft.training.completions import CompletionCallback, pick_prompts
 from qwen3_sft.training.metrics import StepLines
 from qwen3_sft.training.plan_check import PlanCheck
@@ -204,80 +202,6 @@ def set_fsdp_precision(plugin: Any) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32
     )
-
-
-def check_optimizer(model: torch.nn.Module, optimizer: Any) -> None:
-    """Raise unless the optimizer holds exactly the parameters that the model trains.
-
-    Sharding replaces parameters, and accelerate carries them over to the optimizer by address: with
-    two at one address, as on the meta device, training goes on and is wrong.
-
-    Raises:
-        RuntimeError: naming up to five parameters.
-    """
-    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    missing = [name for key, name in trained.items() if key not in set(held)]
-    if missing or len(held) != len(trained):
-        raise RuntimeError(
-            f"the optimizer holds {len(held)} parameters, the model trains {len(trained)}; not "
-            f"among them: {', '.join(missing[:5]) or 'none, but some twice'}. This is a bug of the "
-            "sharding set-up: please report it with the run's environment.json"
-        )
-
-
-class StartCallback(TrainerCallback):
-    """Prove before any step that it trains the model at hand, and that documents do not mix."""
-
-    def __init__(self, max_length: int, pad_token_id: int) -> None:
-        """Remember the row's shape; `trainer` is set by the caller once it exists."""
-        self.max_length, self.pad_token_id = max_length, pad_token_id
-        self.trainer: Any = None
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Check on every rank: where weights are sharded a forward is collective.
-
-        Raises:
-            RuntimeError: the optimizer holds other parameters than the model.
-            LeakError: documents see each other.
-        """
-        if self.trainer.engine.layout != "zero":  # DeepSpeed's holds flat copies
-            check_optimizer(self.trainer.model, self.trainer.optimizer)
-        report = check_isolation(
-            self.trainer.model, self.trainer.first_row(), self.max_length, self.pad_token_id,
-            autocast=torch.bfloat16 if args.bf16 else None,
-        )  # fmt: skip
-        logger.info("%s", report)
-
-
-class EpochCallback(TrainerCallback):
-    """Tell the packing which epoch begins, also on resume in the middle of one."""
-
-    def __init__(self, rows: PackedDataset) -> None:
-        """Remember the dataset to tell."""
-        self.rows = rows
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Draw the epoch's packing before its first row is read."""
-        self.rows.set_epoch(int(state.epoch or 0))
-
-
-class StopAfter(TrainerCallback):
-    """End training some steps after its start, with their record and without a checkpoint."""
-
-    def __init__(self, steps: int) -> None:
-        """Remember how many."""
-        self.steps, self._last = steps, 0
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Count from the step that the run starts at."""
-        self._last = state.global_step + self.steps
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Stop."""
-        if state.global_step >= self._last:
-            control.should_training_stop = control.should_log = True
-            control.should_save = control.should_evaluate = False
 
 
 def _peak_flops(args: TrainArguments, model: PreTrainedModel) -> float | None:

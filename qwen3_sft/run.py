@@ -15,29 +15,25 @@ from transformers import PreTrainedTokenizerBase
 import monkey_patch
 from monkey_patch.fp8_selection import Selection, describe
 from qwen3_sft.build import build_trainer
-from qwen3_sft.checkpoints.manifest import CheckpointError, read_manifest
-from qwen3_sft.checkpoints.resume import check_allowed, check_resumable, run_identity
+from qwen3_sft.checkpoints.resume import (
+    agree_on_checkpoint,
+    check_allowed,
+    check_resume,
+    run_identity,
+)
 from qwen3_sft.checkpoints.save import rows_per_step
-from qwen3_sft.checkpoints.trust import check_best, refuse_foreign_code
-from qwen3_sft.data.formats import DataError
 from qwen3_sft.data.prepare import TokenDataset, prepare
 from qwen3_sft.demo.build import resolve_demo
 from qwen3_sft.distributed.engine import Engine, check_experts, deepspeed_config, detect
-from qwen3_sft.distributed.peer_watch import PeerWatch, TellStep
-from qwen3_sft.distributed.process_group import (
-    ProcessGroupError,
-    join_process_group,
-    leave_process_group,
-)
+from qwen3_sft.distributed.peer_watch import PeerWatch
+from qwen3_sft.distributed.process_group import join_process_group, leave_process_group
 from qwen3_sft.distributed.rank_zero import on_first_rank
 from qwen3_sft.dry_run import dry_run
-from qwen3_sft.export.check import ExportError
+from qwen3_sft.errors import DONE, INTERRUPTED, Interrupted, exit_code_of
 from qwen3_sft.export.export import export_model
 from qwen3_sft.hardware import device_info
-from qwen3_sft.launch.agent import INTERRUPTED_CODE
 from qwen3_sft.model.fp8 import choose_fp8
 from qwen3_sft.model.loading import (
-    ModelError,
     choose_attention,
     load_model,
     load_tokenizer,
@@ -48,59 +44,39 @@ from qwen3_sft.model.loading import (
 from qwen3_sft.model.meta_model import meta_model
 from qwen3_sft.model.patches import FP8_PATCHES, choose_patches, fp8_selection
 from qwen3_sft.options.args import DataArguments, TrainArguments
-from qwen3_sft.options.recipe import Options, UsageError, help_text, parse_options
-from qwen3_sft.packing.isolation import LeakError
+from qwen3_sft.options.recipe import Options, help_text, parse_options
 from qwen3_sft.plan.advice import MemorySettings
 from qwen3_sft.plan.nearest import describe_advice, nearest
-from qwen3_sft.plan.plan import DOES_NOT_FIT, DoesNotFitError, RunPlan
+from qwen3_sft.plan.plan import RunPlan
 from qwen3_sft.plan.planner import experts_for, plan_here
 from qwen3_sft.plan.zero3_units import check_zero3
 from qwen3_sft.plan.zero3_units import describe as describe_units
-from qwen3_sft.records.run_folder import (
-    RunFolder,
-    check_resume,
-    choose_checkpoint,
-    versions,
-)
+from qwen3_sft.records.run_folder import RunFolder, versions
 from qwen3_sft.training.arguments import final_arguments
-from qwen3_sft.training.interruption import Interrupted
-from qwen3_sft.training.out_of_memory import GpuMemoryError, naming
+from qwen3_sft.training.callbacks import TellStep
+from qwen3_sft.training.out_of_memory import naming
 from qwen3_sft.training.summary import describe_summary, write_summary
-from qwen3_sft.training.trainer import NonFiniteError, SftTrainer
+from qwen3_sft.training.trainer import SftTrainer
 
 logger = logging.getLogger(__name__)
-
-# Mistakes of the user's: a message without a traceback, exit code 2.
-_USER_ERRORS = (UsageError, DataError, ModelError)
-# What went wrong inside a run: a message without a traceback, exit code 1.
-_RUN_ERRORS = (
-    CheckpointError, ExportError, GpuMemoryError, LeakError, NonFiniteError, ProcessGroupError,
-    monkey_patch.PatchError,
-)  # fmt: skip
 
 
 def run_command(argv: list[str]) -> int:
     """Run a command line; mistakes become a message and an exit code, not a traceback."""
-    try:
-        if "--help" in argv or "-h" in argv:
-            logger.info("%s", help_text())
-            return 0
-        options = parse_options(argv)
-        if options.train_values["dry_run"]:
-            for line in dry_run(options):
-                logger.info("%s", line)
-            return 0
-        with PeerWatch() as peers:
-            return run(options, peers)
-    except _USER_ERRORS as error:
-        logger.error("error: %s", error)
-        return 2
-    except DoesNotFitError as error:
-        logger.error("%s", error)
-        return DOES_NOT_FIT
-    except _RUN_ERRORS as error:
-        logger.error("%s: %s", type(error).__name__, error)
-        return 1
+    return exit_code_of(lambda: _run_command(argv), logger.error, also=(monkey_patch.PatchError,))
+
+
+def _run_command(argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        logger.info("%s", help_text())
+        return DONE
+    options = parse_options(argv)
+    if options.train_values["dry_run"]:
+        for line in dry_run(options):
+            logger.info("%s", line)
+        return DONE
+    with PeerWatch() as peers:
+        return run(options, peers)
 
 
 def run(options: Options, peers: PeerWatch) -> int:
@@ -112,7 +88,7 @@ def run(options: Options, peers: PeerWatch) -> int:
     folder = RunFolder(options.output_dir)
     if summary := folder.summary():
         logger.info("%s", describe_summary(folder, summary))
-        return 0
+        return DONE
     check_resume(folder, options.train_values["resume"])
     check_allowed(options.train_values["allow_change"])
     folder.create()
@@ -133,7 +109,7 @@ def run(options: Options, peers: PeerWatch) -> int:
     )
     args = final_arguments(options, engine, has_eval=eval_tokens is not None)
     identity = run_identity(args, data, train_tokens.report["fingerprints"], rows_per_step(args))
-    checkpoint = _agree_on_checkpoint(folder, args, engine, identity)
+    checkpoint = agree_on_checkpoint(folder, args, engine, identity)
     loaded = _load(base, options, args, engine, data)
     trainer = build_trainer(
         args, loaded.model, tokenizer, train_tokens, eval_tokens, data, folder, checkpoint, plan,
@@ -151,7 +127,7 @@ def run(options: Options, peers: PeerWatch) -> int:
             _finish(trainer, options, base, folder)
     peers.leave()
     leave_process_group()
-    return 0 if is_whole else INTERRUPTED_CODE
+    return DONE if is_whole else INTERRUPTED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,33 +193,6 @@ def _plan(options: Options, engine: Engine, base: Path) -> RunPlan:
         advice = nearest(options, engine, lambda o: plan_here(on_meta, o, engine))
         logger.warning("this is likely to run out of memory; %s", describe_advice(advice))
     return plan
-
-
-def _agree_on_checkpoint(
-    folder: RunFolder, args: TrainArguments, engine: Engine, identity: dict[str, Any]
-) -> Path | None:
-    """Let rank 0 read and hash the checkpoints; every rank resumes from what it chose.
-
-    Raises:
-        UsageError: the named checkpoint does not exist.
-        CheckpointError: it is damaged, loading it might run code, this engine or number of
-            processes cannot read it, or the run differs from the one that saved it.
-    """
-
-    def choose() -> Path | None:
-        checkpoint = choose_checkpoint(folder, args.resume)
-        if checkpoint is None:
-            return None
-        refuse_foreign_code(checkpoint, trusted=args.trust_checkpoint)
-        if args.load_best_model_at_end:
-            check_best(checkpoint, folder.path)
-        check_resumable(
-            read_manifest(checkpoint), engine.layout, args.world_size, checkpoint, identity,
-            args.allow_change,
-        )  # fmt: skip
-        return checkpoint.absolute()  # another node may stand in another folder
-
-    return on_first_rank(choose)
 
 
 def _prepare_data(

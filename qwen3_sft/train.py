@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from qwen3_sft.errors import DONE, INTERRUPTED
 from qwen3_sft.logs import set_up_logging
 
 
@@ -21,7 +22,6 @@ def main(argv: list[str] | None = None) -> int:
     interrupted ends with 75; torchrun, which would call that a failure and restart it, is told 0.
     """
     set_up_logging()
-    from qwen3_sft.launch.agent import INTERRUPTED_CODE
     from qwen3_sft.run import run_command
 
     code = run_command(sys.argv[1:] if argv is None else argv)
@@ -30,14 +30,14 @@ def main(argv: list[str] | None = None) -> int:
         Path(exit_file).write_text(str(code), encoding="utf-8")
     may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
     is_under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    if code == INTERRUPTED_CODE and is_under_torchrun and (exit_file or may_restart):
-        return 0
+    if code == INTERRUPTED and is_under_torchrun and (exit_file or may_restart):
+        return DONE
     return code
 
 
 def _end(code: int) -> None:
     """Leave the process; one that failed among several must not wait for them while it unloads."""
-    if code not in (0, 75) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if code not in (DONE, INTERRUPTED) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

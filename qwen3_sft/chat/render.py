@@ -21,10 +21,11 @@ from itertools import groupby, islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from qwen3_sft.chat.pieces import Piece, PieceWriter, Rendered
-from qwen3_sft.chat.samples import Conversation, DataError, Message, PlainText
+from qwen3_sft.chat.samples import Conversation, Message, PlainText
 from qwen3_sft.chat.template_process import render_apart
 from qwen3_sft.chat.templates import CHAT_FORMATS, detect_chat_format
 from qwen3_sft.chat.text import is_query, last_query_index, write_conversation
+from qwen3_sft.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

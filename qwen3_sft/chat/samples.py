@@ -8,16 +8,10 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
+from qwen3_sft.errors import DataError
+
 Role = Literal["system", "user", "assistant", "tool"]
 IGNORED = -100  # the label torch's cross entropy skips
-
-
-class DataError(ValueError):
-    """A row that cannot be trained on; the message begins with its location.
-
-    It takes the whole message as its only argument, so that it survives the pickling between a
-    worker process and its parent.
-    """
 
 
 @dataclass(frozen=True, slots=True)

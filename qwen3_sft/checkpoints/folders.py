@@ -14,18 +14,10 @@ import logging
 import os
 import re
 import shutil
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from qwen3_sft.checkpoints.held_state import model_tensors, optimizer_tensors, plain_tensors
-from qwen3_sft.checkpoints.manifest import CheckpointError, verify
-from qwen3_sft.model.loading import load_strict
+from qwen3_sft.checkpoints.manifest import verify
+from qwen3_sft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +26,6 @@ STAGING = ".saving"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # Folders on their way out; the rest of their name is the one they had.
 _REPLACED, _REMOVED = ".replaced-", ".removed-"
-_SLICE = 1 << 26  # elements of a float8 tensor that are looked at together
 
 
 def newest_verified(output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -117,91 +108,6 @@ def _put_back(output_dir: Path) -> None:
         if not final.exists():
             logger.warning("%s was being replaced when the run ended; it is put back", final)
             os.rename(replaced, final)
-
-
-def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Put a saved checkpoint's weights into a live (patched) model, strictly.
-
-    The hub's per-expert names are merged into the live fused tensors by the same conversion that
-    `from_pretrained` uses.
-
-    Raises:
-        ModelError: the files miss a weight, or have one too many.
-        CheckpointError: the live model has other parameters than the files.
-    """
-    saved = load_strict(folder, dtype=next(model.parameters()).dtype).state_dict()
-    load_whole_state(model, saved, folder)
-
-
-def load_whole_state(model: PreTrainedModel, saved: dict[str, Tensor], folder: Path) -> None:
-    """Copy the whole tensors read from `folder` into a model that must have the same names.
-
-    Raises:
-        CheckpointError: it has others.
-    """
-    live = model.state_dict()
-    if saved.keys() != live.keys():
-        differing = sorted(saved.keys() ^ live.keys())
-        raise CheckpointError(f"{folder}: the live model differs in {', '.join(differing[:5])}")
-    model.load_state_dict(saved, strict=True)
-
-
-def refuse_non_finite(
-    model: nn.Module, step: int, optimizer: Any = None, device: torch.device | str = "cpu"
-) -> None:
-    """Raise on all ranks before a NaN or Inf can replace a good checkpoint; collective.
-
-    One pass over parameters, buffers and optimizer states, without a temporary of their size, and
-    one question to the device.
-
-    Args:
-        model: unwrapped, held by any engine.
-        step: for the message.
-        optimizer: None if it is not saved.
-        device: of the process group's collectives.
-
-    Raises:
-        CheckpointError: naming the first such tensor, and the rank if there are several.
-    """
-    held = [*model_tensors(model)]
-    if optimizer is not None:
-        held += optimizer_tensors(model, optimizer)
-    names, flags = defaultdict[torch.device, list[str]](list), defaultdict(list)
-    for name, tensor in held:
-        for part in plain_tensors(tensor):
-            if part.is_floating_point() and part.numel():
-                names[part.device].append(name)
-                flags[part.device].append(_is_finite(part))
-    found = {place: torch.stack(flags[place]) for place in flags}
-    is_finite = torch.ones((), dtype=torch.int32, device=device)
-    for flag in found.values():
-        is_finite *= flag.all().to(device)
-    if dist.is_initialized():
-        dist.all_reduce(is_finite, op=dist.ReduceOp.MIN)
-    if not is_finite:
-        bad = [names[place][int(i)] for place in found for i in (~found[place]).nonzero()]
-        raise CheckpointError(
-            f"step {step}: {_first(bad)} holds NaN or Inf; no checkpoint was written"
-        )
-
-
-def _is_finite(part: Tensor) -> Tensor:
-    """Return a 0-dim bool: the least and the greatest element are NaN if any is."""
-    slices = [part]
-    if part.element_size() == 1:  # torch has no minimum of float8
-        slices = [piece.bfloat16() for piece in part.flatten().split(_SLICE)]
-    extremes = torch.stack([torch.stack(torch.aminmax(piece)) for piece in slices])
-    return extremes.isfinite().all()
-
-
-def _first(bad: list[str]) -> str:
-    """Return the first name of all ranks' lists; collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return bad[0]
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, bad[:1])
-    rank = next(rank for rank, names in enumerate(every) if names)
-    return f"rank {rank}: {every[rank][0]}"
 
 
 def _sync(path: Path) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qwen3_sft.checkpoints.held_state import model_tensors, optimizer_tensors, plain_tensors
-from qwen3_sft.checkpoints.manifest import CheckpointError
-from qwen3_sft.checkpoints.state_tensors import process_rank
+from qwen3_sft.distributed.rank_zero import process_rank
+from qwen3_sft.errors import CheckpointError
 
 # Beyond the tensors: headers and padding; tokenizer, schedules, random states.
 _SHARE, _BYTES = 1.02, 64 << 20

@@ -14,14 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qwen3_sft.checkpoints.ledger import Entry, Ledger, hash_file
+from qwen3_sft.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 
 _THREADS = 8  # xxhash and reads release the GIL; more do not help one disk
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is incomplete, damaged or does not fit; the message names the file."""
 
 
 def seal(folder: Path, entries: Mapping[str, Entry], **facts: Any) -> None:

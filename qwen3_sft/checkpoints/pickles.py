@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qwen3_sft.checkpoints.pickled_names import Names
+from qwen3_sft.errors import RefusedPickleError
 
 MAX_PICKLE_BYTES = 256 << 20
 MAX_OPCODES = 50_000_000  # up to some 100 bytes of memory each
@@ -41,10 +42,6 @@ _MALFORMED = (
     pickle.UnpicklingError, EOFError, TypeError, AttributeError, KeyError, IndexError, ValueError,
     OverflowError, MemoryError, struct.error,
 )  # fmt: skip
-
-
-class RefusedPickleError(Exception):
-    """The pickle would import something unexpected, or is malformed or too large."""
 
 
 class StandIn:

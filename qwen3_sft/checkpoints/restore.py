@@ -10,11 +10,12 @@ from torch import nn
 from transformers.trainer import SCHEDULER_NAME
 
 from qwen3_sft.checkpoints import sharded as sharded_checkpoint
-from qwen3_sft.checkpoints.folders import load_weights
-from qwen3_sft.checkpoints.manifest import CheckpointError, read_manifest, verify
+from qwen3_sft.checkpoints.manifest import read_manifest, verify
 from qwen3_sft.checkpoints.save import SavingTrainer
 from qwen3_sft.checkpoints.trust import best_checkpoint, refuse_foreign_code
+from qwen3_sft.checkpoints.whole import load_weights
 from qwen3_sft.distributed.rank_zero import on_first_rank
+from qwen3_sft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class CheckpointedTrainer(SavingTrainer):
         """Restore the weights strictly; upstream leaves the experts as they are, silently.
 
         Not called under DeepSpeed, which loads all it has at once. The files were hashed when the
-        checkpoint was chosen (`run_folder.choose_checkpoint`).
+        checkpoint was chosen (`resume.choose_checkpoint`).
         """
         self._load_weights(Path(resume_from_checkpoint))
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3_sft.checkpoints.manifest import CheckpointError
-from qwen3_sft.options.args import DataArguments
-from qwen3_sft.options.recipe import UsageError
+from qwen3_sft.checkpoints.folders import newest_verified
+from qwen3_sft.checkpoints.manifest import read_manifest, verify
+from qwen3_sft.checkpoints.trust import check_best, refuse_foreign_code
+from qwen3_sft.distributed.engine import Engine
+from qwen3_sft.distributed.rank_zero import on_first_rank
+from qwen3_sft.errors import CheckpointError, UsageError
+from qwen3_sft.options.args import DataArguments, TrainArguments
+from qwen3_sft.records.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -132,3 +138,70 @@ def _check_identity(
             "%s was saved with another %s, as --allow_change says; the run goes on at the same "
             "step of its new data", folder, words[name],
         )  # fmt: skip
+
+
+def check_resume(run: RunFolder, resume: str) -> None:
+    """Find a mistake in `--resume` before anything expensive begins.
+
+    Raises:
+        UsageError: `never` with a used folder, or a path that is no folder.
+    """
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise UsageError(f"--resume {resume}: no such folder (or `auto`, or `never`)")
+    # Rank 0 decides: it may have begun to write by the time others look.
+    if resume != "never" or int(os.environ.get("RANK", "0")):
+        return
+    used = [p.name for p in run.path.iterdir()] if run.path.is_dir() else []
+    if used:
+        raise UsageError(
+            f"--resume never: {run.path} is not empty ({', '.join(sorted(used)[:4])}); choose "
+            "another --output_dir or leave --resume at auto"
+        )
+
+
+def choose_checkpoint(run: RunFolder, resume: str) -> Path | None:
+    """Return the checkpoint to resume from, None for a fresh start.
+
+    Args:
+        run: the folder.
+        resume: `auto`, `never` or a checkpoint's path.
+
+    Raises:
+        CheckpointError: the named checkpoint is damaged.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        verify(Path(resume))
+        return Path(resume)
+    checkpoint, passed_over = newest_verified(run.path)
+    for reason in passed_over:
+        logger.warning("passed over a checkpoint: %s", reason)
+    return checkpoint
+
+
+def agree_on_checkpoint(
+    folder: RunFolder, args: TrainArguments, engine: Engine, identity: dict[str, Any]
+) -> Path | None:
+    """Let rank 0 read and hash the checkpoints; every rank resumes from what it chose.
+
+    Raises:
+        UsageError: the named checkpoint does not exist.
+        CheckpointError: it is damaged, loading it might run code, this engine or number of
+            processes cannot read it, or the run differs from the one that saved it.
+    """
+
+    def choose() -> Path | None:
+        checkpoint = choose_checkpoint(folder, args.resume)
+        if checkpoint is None:
+            return None
+        refuse_foreign_code(checkpoint, trusted=args.trust_checkpoint)
+        if args.load_best_model_at_end:
+            check_best(checkpoint, folder.path)
+        check_resumable(
+            read_manifest(checkpoint), engine.layout, args.world_size, checkpoint, identity,
+            args.allow_change,
+        )  # fmt: skip
+        return checkpoint.absolute()  # another node may stand in another folder
+
+    return on_first_rank(choose)

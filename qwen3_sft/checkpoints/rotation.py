@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 
 from qwen3_sft.checkpoints.folders import checkpoints, remove, step_of
-from qwen3_sft.checkpoints.manifest import CheckpointError, check_sizes
+from qwen3_sft.checkpoints.manifest import check_sizes
+from qwen3_sft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

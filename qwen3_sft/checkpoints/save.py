@@ -17,13 +17,15 @@ import torch.distributed as dist
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
-from qwen3_sft.checkpoints.folders import STAGING, clear_leftovers, publish, refuse_non_finite
+from qwen3_sft.checkpoints.finite import refuse_non_finite
+from qwen3_sft.checkpoints.folders import STAGING, clear_leftovers, publish
 from qwen3_sft.checkpoints.free_space import bytes_to_save, refuse_full_disk
 from qwen3_sft.checkpoints.ledger import Entry, Ledger
-from qwen3_sft.checkpoints.manifest import CheckpointError, seal
+from qwen3_sft.checkpoints.manifest import seal
 from qwen3_sft.checkpoints.rotation import rotate
 from qwen3_sft.checkpoints.write import WritingTrainer, noting
 from qwen3_sft.distributed.rank_zero import RankZero
+from qwen3_sft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -12,17 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from qwen3_sft.distributed.rank_zero import process_rank
+
 # What activation checkpointing and torch.compile put into the names of a module's children.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
-
-
-def process_rank() -> int:
-    """Return the rank in the default process group; 0 without one."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def full_tensors(

@@ -24,14 +24,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from qwen3_sft.checkpoints.manifest import CheckpointError
 from qwen3_sft.checkpoints.pickled_names import IN_ARCHIVES, IN_METADATA, METADATA, STORAGE_INFO
-from qwen3_sft.checkpoints.pickles import (
-    MAX_PICKLE_BYTES,
-    RefusedPickleError,
-    read_inert,
-    stand_in_for,
-)
+from qwen3_sft.checkpoints.pickles import MAX_PICKLE_BYTES, read_inert, stand_in_for
+from qwen3_sft.errors import CheckpointError, RefusedPickleError
+from qwen3_sft.model.trust import check_index, is_plain_name
 
 _ZIP = b"PK\x03\x04"  # how torch.load tells its own format
 _BINARY_PICKLE = b"\x80"
@@ -152,25 +148,6 @@ def _check_json(path: Path) -> None:
         raise ValueError(f"is not JSON ({error})") from error
     if path.name.endswith(".index.json"):
         check_index(content, path)
-
-
-def check_index(content: Any, path: Path) -> None:
-    """Refuse an index of safetensors files that leads out of its folder.
-
-    Raises:
-        ValueError: naming the entry.
-    """
-    files = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(files, dict):
-        raise ValueError("has no weight_map")
-    for name in files.values():
-        if not isinstance(name, str) or not is_plain_name(name):
-            raise ValueError(f"has the entry {name!r}, which is no file beside {path.name}")
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether joining `name` to a folder gives something directly in it."""
-    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def _check_latest(path: Path) -> None:

@@ -6,13 +6,14 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from qwen3_sft.checkpoints.folders import load_whole_state
-from qwen3_sft.checkpoints.manifest import CheckpointError, verify
+from qwen3_sft.checkpoints.manifest import verify
 from qwen3_sft.checkpoints.sharded import WEIGHTS, load_sharded_weights
 from qwen3_sft.checkpoints.trust import refuse_foreign_code
+from qwen3_sft.errors import CheckpointError
 from qwen3_sft.model.loading import load_strict
 from qwen3_sft.model.trust import load_config
 
@@ -57,3 +58,30 @@ def _load_zero(folder: Path) -> PreTrainedModel:
     saved: Any = get_fp32_state_dict_from_zero_checkpoint(str(folder))
     load_whole_state(model, saved, folder)
     return model
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Put a saved checkpoint's weights into a live (patched) model, strictly.
+
+    The hub's per-expert names are merged into the live fused tensors by the same conversion that
+    `from_pretrained` uses.
+
+    Raises:
+        ModelError: the files miss a weight, or have one too many.
+        CheckpointError: the live model has other parameters than the files.
+    """
+    saved = load_strict(folder, dtype=next(model.parameters()).dtype).state_dict()
+    load_whole_state(model, saved, folder)
+
+
+def load_whole_state(model: PreTrainedModel, saved: dict[str, Tensor], folder: Path) -> None:
+    """Copy the whole tensors read from `folder` into a model that must have the same names.
+
+    Raises:
+        CheckpointError: it has others.
+    """
+    live = model.state_dict()
+    if saved.keys() != live.keys():
+        differing = sorted(saved.keys() ^ live.keys())
+        raise CheckpointError(f"{folder}: the live model differs in {', '.join(differing[:5])}")
+    model.load_state_dict(saved, strict=True)

@@ -6,6 +6,7 @@ when `prepare` refuses. Only as many rows are read as the samples asked for need
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ from qwen3_sft.data.raw_rows import raw_rows
 from qwen3_sft.data.readers import find_sources
 from qwen3_sft.data.report import check_drops, make_report, report_origin, report_text
 from qwen3_sft.data.tokenize_rows import Counts, RowTokenizer, TokenizedSample
+from qwen3_sft.demo.build import resolve_demo
+from qwen3_sft.errors import DONE
+from qwen3_sft.model.loading import load_tokenizer, resolve_tokenizer
+from qwen3_sft.options.recipe import parse_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +33,28 @@ if TYPE_CHECKING:
 
 _COLOUR = ("\x1b[32m", "\x1b[0m")  # green marks the trained text
 _PLAIN = ("«", "»")
+
+
+def command(argv: list[str], *, color: bool = False) -> tuple[Iterator[str], int]:
+    """Return the lines to print, and the exit code.
+
+    Args:
+        argv: `[-n N] [--format text|json] [--option value ...]`.
+        color: mark trained text in green.
+
+    Raises:
+        UsageError: an option is wrong.
+        ModelError: the model has no tokenizer that this project knows.
+        DataError: as `inspect`.
+    """
+    parser = argparse.ArgumentParser(prog="qwen3-sft data inspect", add_help=False)
+    parser.add_argument("-n", type=int, default=5)
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+    own, rest = parser.parse_known_args(argv)
+    options = parse_options(rest)
+    model, data = resolve_demo(options.model.model_name_or_path, options.data)
+    tokenizer = load_tokenizer(resolve_tokenizer(model, options.model.model_revision))
+    return inspect(data, tokenizer, own.n, own.format, color=color), DONE
 
 
 def inspect(

@@ -12,21 +12,23 @@ from typing import Any
 import torch
 
 from qwen3_sft.distributed.engine import Engine, check_experts, detect
+from qwen3_sft.errors import DOES_NOT_FIT, DONE, UsageError
 from qwen3_sft.launch.choice import choose, launch_environment, planned_model
-from qwen3_sft.options.recipe import Options, UsageError, parse_options
+from qwen3_sft.options.recipe import Options, parse_options
 from qwen3_sft.plan.nearest import describe_advice, nearest
-from qwen3_sft.plan.plan import DOES_NOT_FIT, Gpu, RunPlan
+from qwen3_sft.plan.plan import Gpu, RunPlan
 from qwen3_sft.plan.planner import compute_dtype, plan_run
 from qwen3_sft.plan.weights import GIB
 
 _PER_NODE = 8
 
 
-def plan_command(argv: list[str]) -> tuple[Iterator[str], int]:
+def command(argv: list[str], *, color: bool = False) -> tuple[Iterator[str], int]:
     """Return the lines to print and the exit code: 3 if the run does not fit.
 
     Args:
         argv: `RECIPE [--gpus 1xH200] [--format text|json] [--option value ...]`.
+        color: nothing here is coloured.
 
     Raises:
         UsageError: an option, the recipe or the GPUs are wrong.
@@ -43,7 +45,7 @@ def plan_command(argv: list[str]) -> tuple[Iterator[str], int]:
     plan = planned.plan(planned.options)
     advice = nearest(planned.options, planned.engine, planned.plan) if plan.fits is False else None
     lines = _text(planned, plan, advice) if own.format == "text" else iter([_json(plan, advice)])
-    return lines, DOES_NOT_FIT if plan.fits is False else 0
+    return lines, DOES_NOT_FIT if plan.fits is False else DONE
 
 
 class _Planned:

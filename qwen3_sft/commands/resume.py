@@ -18,10 +18,10 @@ from typing import Any
 import yaml
 
 from qwen3_sft.checkpoints.folders import newest_verified, step_of
-from qwen3_sft.checkpoints.manifest import CheckpointError, read_manifest
+from qwen3_sft.checkpoints.manifest import read_manifest
+from qwen3_sft.errors import DONE, FAILED, CheckpointError, UsageError
 from qwen3_sft.launch.launch import launch
 from qwen3_sft.logs import set_up_logging
-from qwen3_sft.options.recipe import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -121,13 +121,13 @@ def _judge(checkpoint: Path, expected: dict[str, Any] | None, found: dict[str, A
             "checkpoint, so there is nothing to compare it with", checkpoint, found["step"],
             found["loss"],
         )  # fmt: skip
-        return 0
+        return DONE
     if not differences(expected, found, 0.0):
         logger.info(
             "%s resumes exactly: up to step %d %s are those that the run recorded", checkpoint,
             found["step"], ", ".join(COMPARED),
         )  # fmt: skip
-        return 0
+        return DONE
     import torch
 
     tolerance = CUDA_TOLERANCE if torch.cuda.is_available() else 0.0
@@ -135,9 +135,9 @@ def _judge(checkpoint: Path, expected: dict[str, Any] | None, found: dict[str, A
     words = "; ".join(lasting or differences(expected, found, 0.0))
     if lasting:
         logger.error("%s does not repeat the run: at step %d %s", checkpoint, found["step"], words)
-        return 1
+        return FAILED
     logger.info(
         "%s resumes, within the order of the GPU's sums (%g): at step %d %s", checkpoint, tolerance,
         found["step"], words,
     )  # fmt: skip
-    return 0
+    return DONE

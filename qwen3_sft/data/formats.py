@@ -17,7 +17,6 @@ import numpy as np
 from qwen3_sft.chat.samples import (
     IGNORED,
     Conversation,
-    DataError,
     Dropped,
     Message,
     PlainText,
@@ -36,6 +35,7 @@ from qwen3_sft.data.turns import (
     parse_turns,
     warn_control_text,
 )
+from qwen3_sft.errors import DataError
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"]
 

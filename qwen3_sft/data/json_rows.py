@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from qwen3_sft.chat.samples import DataError
 from qwen3_sft.data.tally import Tally
+from qwen3_sft.errors import DataError
 
 Row = tuple[str, dict[str, Any]]  # location, content
 

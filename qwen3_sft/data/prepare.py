@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from qwen3_sft.chat.encoding import Encoder
 from qwen3_sft.chat.render import detect_chat_format, self_check
-from qwen3_sft.chat.samples import Conversation, DataError
+from qwen3_sft.chat.samples import Conversation
 from qwen3_sft.chat.template_process import is_shipped
 from qwen3_sft.data.cache_key import FileHashes, cache_key, describe_all, text_hash
 from qwen3_sft.data.formats import parse_row
@@ -41,6 +41,7 @@ from qwen3_sft.data.tokenize_rows import (
     TokenizeOptions,
     tokenize_chunks,
 )
+from qwen3_sft.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

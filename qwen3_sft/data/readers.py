@@ -16,10 +16,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qwen3_sft.chat.samples import DataError
 from qwen3_sft.data.json_rows import Row, json_rows, jsonl_rows
 from qwen3_sft.data.table_rows import arrow_rows, parquet_rows
 from qwen3_sft.data.tally import Tally
+from qwen3_sft.errors import DataError
 
 if TYPE_CHECKING:
     from qwen3_sft.options.args import DataArguments

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_sft.chat.samples import DataError
 from qwen3_sft.data.readers import RowSource
 from qwen3_sft.data.tokenize_rows import Counts, TokenizeOptions
+from qwen3_sft.errors import DataError
 
 _QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 _INDENT = " " * 10

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3_sft.chat.samples import DataError
 from qwen3_sft.data.json_rows import Row
+from qwen3_sft.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from qwen3_sft.chat.samples import DataError
+from qwen3_sft.errors import DataError
 
 _DTYPES = {"ids": np.int32, "trained": np.bool_, "offsets": np.int64, "rows": np.int64}
 

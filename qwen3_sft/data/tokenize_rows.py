@@ -21,10 +21,11 @@ import numpy as np
 from qwen3_sft.chat.encoding import Encoder
 from qwen3_sft.chat.pieces import Rendered
 from qwen3_sft.chat.render import render, render_plain
-from qwen3_sft.chat.samples import Conversation, DataError, Dropped, PlainText, Tokens
+from qwen3_sft.chat.samples import Conversation, Dropped, PlainText, Tokens
 from qwen3_sft.data.formats import parse_row
 from qwen3_sft.data.raw_rows import RawRow
 from qwen3_sft.data.tally import Tally
+from qwen3_sft.errors import DataError
 
 logger = logging.getLogger(__name__)
 

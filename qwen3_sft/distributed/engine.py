@@ -8,6 +8,7 @@ refused before weights are read or a process group exists.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qwen3_sft.errors import UsageError
 from qwen3_sft.options.args import DataArguments, ModelArguments
-from qwen3_sft.options.recipe import UsageError
 
 Kind = Literal["single", "ddp", "native", "fsdp", "zero2", "zero3"]
 Layout = Literal["whole", "dtensor", "zero"]
@@ -189,3 +190,13 @@ def deepspeed_config(environment: Mapping[str, str] | None = None) -> dict[str, 
 
 def _is_true(env: Mapping[str, str], key: str) -> bool:
     return env.get(key, "false").lower() in ("1", "true", "yes")
+
+
+def require_deepspeed() -> None:
+    """Raise if DeepSpeed is not there.
+
+    Raises:
+        UsageError: naming what to install.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UsageError("ZeRO needs DeepSpeed, which is not installed: pip install deepspeed")

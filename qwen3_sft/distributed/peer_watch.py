@@ -21,13 +21,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch.distributed as dist
-from transformers import TrainerCallback, TrainerState
 
 from qwen3_sft.distributed.peer_board import Failure, Peer, PeerBoard
 from qwen3_sft.distributed.peer_process import State
+from qwen3_sft.errors import FAILED
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class PeerWatch:
             # A launcher's SIGTERM would not reach it.
             if self._stopped[peer.rank] >= _STOPPED_LOOKS:
                 peer.process.kill()
-        os._exit(1)
+        os._exit(FAILED)
 
 
 def _wait(limit_s: float, board: PeerBoard, is_done: Callable[[], bool]) -> None:
@@ -209,22 +209,6 @@ def _wait(limit_s: float, board: PeerBoard, is_done: Callable[[], bool]) -> None
     while not is_done() and time.monotonic() < end:
         board.hurry()
         time.sleep(0.1)
-
-
-class TellStep(TrainerCallback):
-    """Tell the watch which step is done."""
-
-    def __init__(self, watch: PeerWatch) -> None:
-        """Remember whom to tell."""
-        self._watch = watch
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Tell the step of the checkpoint that training goes on from, or 0."""
-        self._watch.step(state.global_step)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Tell the step just done."""
-        self._watch.step(state.global_step)
 
 
 def describe_failure(failure: Failure) -> str:

@@ -16,16 +16,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from qwen3_sft.options.recipe import UsageError
+from qwen3_sft.errors import ProcessGroupError, UsageError
 
 # Nodes prepare data and import at their own pace, which no timeout of a collective should count.
 _JOIN_AT_LEAST_S = 600
 # A failure that comes sooner is no waiting in vain.
 _AT_ONCE_S = 0.5
-
-
-class ProcessGroupError(RuntimeError):
-    """The other processes did not come; the message says who waited where and for how long."""
 
 
 def join_process_group(timeout_s: float, backend: str | None = None) -> dist.Store | None:

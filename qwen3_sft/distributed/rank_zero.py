@@ -12,8 +12,6 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from qwen3_sft.checkpoints.state_tensors import process_rank
-
 T = TypeVar("T")
 
 # What disks, files and conversions raise; a mistake in the code still ends rank 0 at its place.
@@ -91,3 +89,8 @@ def _broadcast(message: list[Any]) -> list[Any]:
     if dist.is_available() and dist.is_initialized():
         dist.broadcast_object_list(message, src=0)
     return message
+
+
+def process_rank() -> int:
+    """Return the rank in the default process group; 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -17,15 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen3_sft.checkpoints.state_tensors import full_tensors
+from qwen3_sft.errors import ExportError
 from qwen3_sft.model.loading import load_strict
 
 # The weights are equal bit by bit, so only other kernels (float32) and roundings to a narrower type
 # (in which one of the two models may compute) may show in the logits, as RMS ratios.
 _LOGITS_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
-
-
-class ExportError(RuntimeError):
-    """The exported folder does not reproduce the trained model; it was not published."""
 
 
 @dataclass(frozen=True)

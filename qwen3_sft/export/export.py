@@ -27,7 +27,8 @@ from qwen3_sft.checkpoints.folders import publish
 from qwen3_sft.checkpoints.hub_writer import MAX_SHARD_BYTES, HubWriter
 from qwen3_sft.checkpoints.state_tensors import full_tensors
 from qwen3_sft.distributed.rank_zero import RankZero
-from qwen3_sft.export.check import Expected, ExportError, check_export, digest, probe
+from qwen3_sft.errors import ExportError
+from qwen3_sft.export.check import Expected, check_export, digest, probe
 from qwen3_sft.model.loading import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)

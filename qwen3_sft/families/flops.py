@@ -16,9 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-
-class FlopsError(ValueError):
-    """The FLOPs of this config or batch cannot be counted as asked; the message says why."""
+from qwen3_sft.errors import FlopsError
 
 
 class ParameterCount(NamedTuple):

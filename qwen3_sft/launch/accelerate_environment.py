@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 
-from qwen3_sft.options.recipe import UsageError
+from qwen3_sft.errors import UsageError
 
 _OTHER_AXES = ("TP_SIZE", "CP_SIZE", "SP_SIZE")
 _PREFIX = "PARALLELISM_CONFIG_"

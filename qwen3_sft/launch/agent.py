@@ -19,12 +19,9 @@ from types import FrameType, TracebackType
 
 import psutil
 
-logger = logging.getLogger(__name__)
+from qwen3_sft.errors import BY_SIGNAL, DONE, FAILED, INTERRUPTED, SIGNALS
 
-# What interrupts a run: its checkpoint is written at the step's end.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Exit code of a run that was interrupted and saved: EX_TEMPFAIL of sysexits.h, "try again".
-INTERRUPTED_CODE = 75
+logger = logging.getLogger(__name__)
 
 _WORKER = "qwen3_sft.train"
 _KILL_AFTER_S = 5.0
@@ -165,15 +162,15 @@ class Agent:
         Args:
             reported: what a worker said of its end (`reported_code`), which the agent turns into 1.
         """
-        if reported == INTERRUPTED_CODE:
-            return INTERRUPTED_CODE
-        if self.process.returncode == 0:
-            return 0
+        if reported == INTERRUPTED:
+            return INTERRUPTED
+        if self.process.returncode == DONE:
+            return DONE
         # Where several processes are ended, some complain that others are gone.
         if self.signals and not (self._asked and reported):
-            return 128 + self.signals[0]
+            return BY_SIGNAL + self.signals[0]
         # One process may have succeeded and said so before another one failed.
-        return reported or 1
+        return reported or FAILED
 
 
 def reported_code(exit_file: Path) -> int | None:

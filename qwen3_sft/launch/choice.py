@@ -105,7 +105,7 @@ def deepspeed_file(launch_file: str | Path) -> Path | None:
     Raises:
         UsageError: one of the two does not exist.
     """
-    from qwen3_sft.options.recipe import UsageError
+    from qwen3_sft.errors import UsageError
 
     launch_file = Path(launch_file).expanduser()
     if not launch_file.is_file():

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from qwen3_sft.options.recipe import UsageError
+from qwen3_sft.errors import UsageError
 
 RdzvBackend = Literal["static", "c10d"]
 

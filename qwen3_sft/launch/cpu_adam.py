@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 
-from qwen3_sft.options.recipe import UsageError
-from qwen3_sft.plan.zero3_units import require_deepspeed
+from qwen3_sft.distributed.engine import require_deepspeed
+from qwen3_sft.errors import UsageError
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from qwen3_sft.errors import exit_code_of
 from qwen3_sft.launch.agent import Agent, reported_code
 from qwen3_sft.launch.choice import CONFIG, Choice, choose, launch_environment
 from qwen3_sft.logs import set_up_logging
@@ -19,6 +20,8 @@ from qwen3_sft.options.secret_options import masked
 
 logger = logging.getLogger(__name__)
 
+# What is trained without any option.
+DEMO = ["--config", f"{CONFIG}/recipe/demo.yaml"]
 _POLL_S = 0.5
 
 
@@ -33,24 +36,18 @@ def launch(argv: list[str]) -> int:
         DRY_RUN: 1 prints the command, the patches and the memory plan instead.
     """
     set_up_logging()
-    if not argv:
-        argv = ["--config", str(CONFIG / "recipe" / "demo.yaml")]
-    try:
-        gpus, memory = _machine()
-        choice = choose(argv, gpus_per_node=gpus, gpu_memory_gib=memory, environment=os.environ)
-        command = launch_command(argv, choice)
-        logger.info("launch: %s (%s)", choice.config, choice.reason)
-        if os.environ.get("DRY_RUN") == "1":
-            logger.info("command: %s", shlex.join(masked(command)))
-            return show_plan([*argv, *choice.run_flags], launch_environment(choice))
-        prepare_deepspeed(argv, choice)
-    except ValueError as error:
-        from qwen3_sft.options.recipe import UsageError  # late: it imports transformers
+    return exit_code_of(lambda: _launch(argv or DEMO), logger.error)
 
-        if not isinstance(error, UsageError):
-            raise
-        logger.error("error: %s", error)
-        return 2
+
+def _launch(argv: list[str]) -> int:
+    gpus, memory = _machine()
+    choice = choose(argv, gpus_per_node=gpus, gpu_memory_gib=memory, environment=os.environ)
+    command = launch_command(argv, choice)
+    logger.info("launch: %s (%s)", choice.config, choice.reason)
+    if os.environ.get("DRY_RUN") == "1":
+        logger.info("command: %s", shlex.join(masked(command)))
+        return show_plan([*argv, *choice.run_flags], launch_environment(choice))
+    prepare_deepspeed(argv, choice)
     with tempfile.TemporaryDirectory() as folder:
         exit_file = Path(folder) / "exit_code"
         environment = {**os.environ, "QWEN3_SFT_EXIT_FILE": str(exit_file)}
@@ -101,10 +98,11 @@ def prepare_deepspeed(argv: list[str], choice: Choice) -> None:
     flags = choice.accelerate_flags
     if "--deepspeed_config_file" not in flags:
         return
+    from qwen3_sft.distributed.engine import require_deepspeed
     from qwen3_sft.launch.choice import planned_model
     from qwen3_sft.launch.cpu_adam import prebuild_cpu_adam, refuse_stale_locks
     from qwen3_sft.options.recipe import parse_options
-    from qwen3_sft.plan.zero3_units import check_zero3, describe, require_deepspeed
+    from qwen3_sft.plan.zero3_units import check_zero3, describe
 
     require_deepspeed()
     refuse_stale_locks()

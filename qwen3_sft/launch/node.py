@@ -21,12 +21,21 @@ from pathlib import Path
 
 import psutil
 
+from qwen3_sft.errors import (
+    BY_SIGNAL,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    MISTAKE,
+    UsageError,
+    exit_code_of,
+)
 from qwen3_sft.launch.accelerate_environment import accelerate_environment
-from qwen3_sft.launch.agent import INTERRUPTED_CODE, Agent, reported_code
+from qwen3_sft.launch.agent import Agent, reported_code
 from qwen3_sft.launch.choice import CONFIG, Choice, choose
 from qwen3_sft.launch.cluster import Cluster, read_cluster
-from qwen3_sft.launch.launch import prepare_deepspeed, show_plan
-from qwen3_sft.options.recipe import UsageError, help_text, parse_options
+from qwen3_sft.launch.launch import DEMO, prepare_deepspeed, show_plan
+from qwen3_sft.options.recipe import help_text, parse_options
 from qwen3_sft.options.secret_options import masked
 
 logger = logging.getLogger(__name__)
@@ -49,12 +58,8 @@ def run_node(argv: list[str]) -> int:
     """
     if {"-h", "--help"} & set(argv):
         logger.info("%s", help_text())
-        return 0
-    try:
-        return launch_node(argv or ["--config", str(CONFIG / "recipe" / "demo.yaml")])
-    except UsageError as error:
-        logger.error("error: %s", error)
-        return 2
+        return DONE
+    return exit_code_of(lambda: launch_node(argv or DEMO), logger.error)
 
 
 def launch_node(argv: list[str]) -> int:
@@ -87,7 +92,7 @@ def launch_node(argv: list[str]) -> int:
         exit_file = Path(folder) / "exit_code"
         environment = {**os.environ, **changed, "QWEN3_SFT_EXIT_FILE": str(exit_file)}
         end = _watch(command, environment, cluster, exit_file)
-    if end.code not in (0, 2, INTERRUPTED_CODE):
+    if end.code not in (DONE, MISTAKE, INTERRUPTED):
         logger.error("%s", _what_happened(cluster, end))
     return end.code
 
@@ -207,16 +212,16 @@ def _watch(
             if agent.has_workers():
                 last_seen = time.monotonic()
             alone = 0.0 if last_seen is None else time.monotonic() - last_seen
-            is_well = reported_code(exit_file) in (0, INTERRUPTED_CODE)
+            is_well = reported_code(exit_file) in (DONE, INTERRUPTED)
             if alone > (_FAREWELL_S if is_well else patience):
                 was_ended = True
                 _stop(agent.process)
             else:
                 agent.wait(_POLL_S)
     code = agent.exit_code(reported_code(exit_file))
-    if was_ended and code == 0:
-        return _End(1, was_ended=True)
-    by = next((number for number in agent.signals if code == 128 + number), None)
+    if was_ended and code == DONE:
+        return _End(FAILED, was_ended=True)
+    by = next((number for number in agent.signals if code == BY_SIGNAL + number), None)
     return _End(code, by, was_ended)
 
 

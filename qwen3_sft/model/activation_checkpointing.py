@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qwen3_sft.model.selective_checkpointing import selective_contexts
-from qwen3_sft.plan.activations import ORDER, Policy
 
 
 def enable_checkpointing(
@@ -82,3 +81,10 @@ def _on_host(recompute: Callable[..., Any], hidden_size: int, *args: Any, **kwar
 
     with saved_tensors_hooks(to_host, back):
         return recompute(*args, **kwargs)
+
+
+Policy = Literal["none", "selective", "full"]
+
+
+# From the first layer to the last: what is kept of the last ones is freed first.
+ORDER: tuple[Policy, ...] = ("full", "selective", "none")

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from qwen3_sft.errors import UsageError
 from qwen3_sft.hardware import find_device
 from qwen3_sft.options.args import EXPERT_PATCHES, ModelArguments
-from qwen3_sft.options.recipe import UsageError
 
 logger = logging.getLogger(__name__)
 

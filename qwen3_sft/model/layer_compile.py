@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
 from qwen3_sft.distributed.engine import Engine
+from qwen3_sft.errors import UsageError
 from qwen3_sft.options.args import EXPERT_PATCHES
-from qwen3_sft.options.recipe import Options, UsageError
+from qwen3_sft.options.recipe import Options
 
 logger = logging.getLogger(__name__)
 

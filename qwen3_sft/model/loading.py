@@ -26,9 +26,10 @@ from transformers.utils import (
 )
 
 from qwen3_sft.distributed.engine import Engine
+from qwen3_sft.errors import ModelError
 from qwen3_sft.logs import progress_bars
 from qwen3_sft.model.host_memory import blocks_given_back, reserve_weights
-from qwen3_sft.model.trust import ModelError, check_weights_files, load_config
+from qwen3_sft.model.trust import check_weights_files, load_config
 from qwen3_sft.options.args import EXPERT_PATCHES, ModelArguments
 
 logger = logging.getLogger(__name__)

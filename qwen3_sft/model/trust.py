@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from qwen3_sft.checkpoints.trust import check_index
-
-
-class ModelError(ValueError):
-    """The model at hand cannot be trained; the message says why and what to set."""
+from qwen3_sft.errors import ModelError
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -71,3 +68,22 @@ def check_weights_files(folder: Path) -> None:
             check_index(json.loads(path.read_text(encoding="utf-8")), path)
         except ValueError as error:
             raise ModelError(f"{path}: {error}") from error
+
+
+def check_index(content: Any, path: Path) -> None:
+    """Refuse an index of safetensors files that leads out of its folder.
+
+    Raises:
+        ValueError: naming the entry.
+    """
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict):
+        raise ValueError("has no weight_map")
+    for name in files.values():
+        if not isinstance(name, str) or not is_plain_name(name):
+            raise ValueError(f"has the entry {name!r}, which is no file beside {path.name}")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether joining `name` to a folder gives something directly in it."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen3_sft.options.recipe import UsageError
+from qwen3_sft.errors import UsageError
 from qwen3_sft.plan.optimizer_states import OptimizerChoice
 
 _STATES = ("8bit", "fp8")

@@ -16,15 +16,12 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from qwen3_sft.errors import UsageError
 from qwen3_sft.options.args import DataArguments, ModelArguments, TrainArguments
 from qwen3_sft.options.refused_options import REFUSED
 from qwen3_sft.options.secret_options import is_secret
 
 _KINDS = (ModelArguments, DataArguments, TrainArguments)
-
-
-class UsageError(ValueError):
-    """A mistake in a recipe or on the command line; the program ends with exit code 2."""
 
 
 class _Parser(HfArgumentParser):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qwen3_sft.errors import LeakError
 from qwen3_sft.packing.collator import PackedCollator
 from qwen3_sft.packing.rows import Document
 
@@ -26,10 +27,6 @@ _FLOOR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 _MARGIN = 10.0
 _MAX_DOCUMENTS = 8
 _MAX_POSITIONS = 256  # of each document, its first: there a leak is strongest, and logits are large
-
-
-class LeakError(RuntimeError):
-    """Packed documents influence each other with this attention implementation."""
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-Policy = Literal["none", "selective", "full"]
-
-# From the first layer to the last: what is kept of the last ones is freed first.
-ORDER: tuple[Policy, ...] = ("full", "selective", "none")
+from qwen3_sft.model.activation_checkpointing import ORDER, Policy
 
 _GIB = 2**30
 _INDEX, _PERMUTATION, _FLOAT32 = 8, 4, 4  # bytes

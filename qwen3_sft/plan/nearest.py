@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from qwen3_sft.distributed.engine import Engine
-from qwen3_sft.options.recipe import Options, UsageError
+from qwen3_sft.errors import UsageError
+from qwen3_sft.options.recipe import Options
 from qwen3_sft.plan.plan import RunPlan
 from qwen3_sft.plan.planner import with_options
 

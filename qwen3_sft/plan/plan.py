@@ -11,22 +11,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qwen3_sft.distributed.engine import Engine
+from qwen3_sft.errors import DoesNotFitError, UsageError
 from qwen3_sft.hardware import device_info, find_device
-from qwen3_sft.options.recipe import UsageError
-from qwen3_sft.plan.activations import ActivationPlan, Policy
+from qwen3_sft.model.activation_checkpointing import Policy
+from qwen3_sft.plan.activations import ActivationPlan
 from qwen3_sft.plan.step_time import StepTime
 from qwen3_sft.plan.weights import GIB, Plan
 
 # What torch's tensors do not show: the CUDA context with its libraries, and holes between blocks.
 # Both assumed; the first is 0.5 to 1 GiB on every CUDA program.
 CONTEXT_GIB, FRAGMENTATION = 1.0, 0.02
-
-DOES_NOT_FIT = 3
-"""Exit code of a plan that does not fit."""
-
-
-class DoesNotFitError(RuntimeError):
-    """The plan needs more memory than a GPU has; the program ends with exit code 3."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 
 from monkey_patch.kernels.linear_cross_entropy.op import CHUNK_TOKENS
 from qwen3_sft.distributed.engine import Engine, deepspeed_config
+from qwen3_sft.errors import UsageError
+from qwen3_sft.model.activation_checkpointing import Policy
 from qwen3_sft.model.loading import weights_dtype
 from qwen3_sft.model.sizes import Sizes
 from qwen3_sft.options.args import EXPERT_PATCHES
-from qwen3_sft.options.recipe import Options, UsageError
-from qwen3_sft.plan.activations import ActivationPlan, Policy, activation_plan
+from qwen3_sft.options.recipe import Options
+from qwen3_sft.plan.activations import ActivationPlan, activation_plan
 from qwen3_sft.plan.optimizer_states import OptimizerChoice, moved_bytes
 from qwen3_sft.plan.plan import Gpu, RunPlan
 from qwen3_sft.plan.step_time import StepTime, step_time

@@ -2,9 +2,9 @@
 
 Products take their FLOPs (families/flops.py) over a rate that such products reach, the other
 kernels their bytes over a bandwidth. An expert product is rounded up to whole tiles of rows and
-takes at least the time to read the experts' weights, which is what decides below 4,096 tokens. Nothing here was
-measured in this project: the rates are published or assumed, and each row of them says which. A
-comparison with a run tells which part is slower than it could be.
+takes at least the time to read the experts' weights, which is what decides below 4,096 tokens.
+Nothing here was measured in this project: the rates are published or assumed, and each row of them
+says which. A comparison with a run tells which part is slower than it could be.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from qwen3_sft.families.flops import ModelFlops, num_parameters
 from qwen3_sft.hardware import find_device
-from qwen3_sft.plan.activations import Policy
+from qwen3_sft.model.activation_checkpointing import Policy
 
 Level = Literal["good", "target", "limit"]
 

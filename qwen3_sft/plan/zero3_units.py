@@ -35,7 +35,6 @@ tests/plan/test_zero3_units.py):
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import types
 from collections import Counter
@@ -45,7 +44,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from qwen3_sft.options.recipe import UsageError
+from qwen3_sft.distributed.engine import require_deepspeed
+from qwen3_sft.errors import UsageError
 
 
 class Unit(NamedTuple):
@@ -54,16 +54,6 @@ class Unit(NamedTuple):
     name: str
     count: int
     parameters: int
-
-
-def require_deepspeed() -> None:
-    """Raise if DeepSpeed is not there.
-
-    Raises:
-        UsageError: naming what to install.
-    """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UsageError("ZeRO needs DeepSpeed, which is not installed: pip install deepspeed")
 
 
 def zero3_units(model: nn.Module, config: Mapping[str, Any]) -> list[Unit]:

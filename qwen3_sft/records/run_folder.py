@@ -13,9 +13,7 @@ from typing import Any
 
 import yaml
 
-from qwen3_sft.checkpoints.folders import newest_verified
-from qwen3_sft.checkpoints.manifest import verify
-from qwen3_sft.options.recipe import UsageError
+from qwen3_sft.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -85,46 +83,6 @@ class RunFolder:
         """Write config.yaml: the resolved options, usable as a recipe."""
         text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
         (self.path / "config.yaml").write_text(text, encoding="utf-8")
-
-
-def check_resume(run: RunFolder, resume: str) -> None:
-    """Find a mistake in `--resume` before anything expensive begins.
-
-    Raises:
-        UsageError: `never` with a used folder, or a path that is no folder.
-    """
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
-        raise UsageError(f"--resume {resume}: no such folder (or `auto`, or `never`)")
-    # Rank 0 decides: it may have begun to write by the time others look.
-    if resume != "never" or int(os.environ.get("RANK", "0")):
-        return
-    used = [p.name for p in run.path.iterdir()] if run.path.is_dir() else []
-    if used:
-        raise UsageError(
-            f"--resume never: {run.path} is not empty ({', '.join(sorted(used)[:4])}); choose "
-            "another --output_dir or leave --resume at auto"
-        )
-
-
-def choose_checkpoint(run: RunFolder, resume: str) -> Path | None:
-    """Return the checkpoint to resume from, None for a fresh start.
-
-    Args:
-        run: the folder.
-        resume: `auto`, `never` or a checkpoint's path.
-
-    Raises:
-        CheckpointError: the named checkpoint is damaged.
-    """
-    if resume == "never":
-        return None
-    if resume != "auto":
-        verify(Path(resume))
-        return Path(resume)
-    checkpoint, passed_over = newest_verified(run.path)
-    for reason in passed_over:
-        logger.warning("passed over a checkpoint: %s", reason)
-    return checkpoint
 
 
 def versions() -> dict[str, str]:

@@ -11,9 +11,10 @@ import torch
 from transformers import set_seed
 
 from qwen3_sft.distributed.engine import Engine
+from qwen3_sft.errors import UsageError
 from qwen3_sft.model.layer_compile import check_compile
 from qwen3_sft.options.args import TrainArguments
-from qwen3_sft.options.recipe import Options, UsageError
+from qwen3_sft.options.recipe import Options
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from qwen3_sft.launch.agent import SIGNALS
+from qwen3_sft.errors import DONE, SIGNALS
 
 
 def let_workers_outlive_signals(loader: DataLoader) -> None:
@@ -44,4 +44,4 @@ def _obey_parent(init: Callable[[int], None] | None, worker_id: int) -> None:
 def _wait_for_parent() -> None:
     while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
         pass
-    os._exit(0)
+    os._exit(DONE)

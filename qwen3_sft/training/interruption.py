@@ -24,16 +24,12 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
 from qwen3_sft.distributed.rank_zero import on_first_rank
-from qwen3_sft.launch.agent import INTERRUPTED_CODE, SIGNALS
+from qwen3_sft.errors import INTERRUPTED, SIGNALS, Interrupted
 from qwen3_sft.records.run_folder import RunFolder
 from qwen3_sft.training.data_workers import let_workers_outlive_signals
 from qwen3_sft.training.memory_guard import MemoryTrainer
 
 logger = logging.getLogger(__name__)
-
-
-class Interrupted(Exception):  # noqa: N818 - no error: the run is saved and goes on later
-    """A signal has ended training, and a checkpoint of its last step is written."""
 
 
 class Interruption(TrainerCallback):
@@ -228,7 +224,7 @@ class InterruptibleTrainer(MemoryTrainer):
         raise Interrupted(
             f"interrupted by {found.signal.name} at step {step}: saved {checkpoint} in "
             f"{found.save_s:.0f} s; the same command goes on from it (exit code "
-            f"{INTERRUPTED_CODE})"
+            f"{INTERRUPTED})"
         )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qwen3_sft.errors import GpuMemoryError
 from qwen3_sft.hardware import memory_stats
 from qwen3_sft.plan.advice import MemorySettings, Stage, advice
 
@@ -20,10 +21,6 @@ _GIB = 2**30
 _CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 # What another process or a context must hold, and the allocator waste, to be worth a line.
 _MUCH = 2 * _GIB
-
-
-class GpuMemoryError(RuntimeError):
-    """Memory ran out; the message names what was being done, who holds it and what to set."""
 
 
 @dataclass(frozen=True)

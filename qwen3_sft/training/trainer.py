@@ -19,20 +19,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
+from qwen3_sft.errors import NonFiniteError
 from qwen3_sft.families.flops import ModelFlops, train_flops
 from qwen3_sft.hardware import memory_stats
 from qwen3_sft.model.layer_compile import RecompileWatch
 from qwen3_sft.packing.collator import BatchStats
 from qwen3_sft.packing.rows import Document, PackedDataset
+from qwen3_sft.training.callbacks import RecordSteps
 from qwen3_sft.training.interruption import InterruptibleTrainer
 from qwen3_sft.training.metrics import KEYS, MemoryWatch, StepLines, Window, log_line, throughput
-from qwen3_sft.training.record_steps import RecordSteps
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a NaN or Inf loss or gradient."""
 
 
 class SftTrainer(InterruptibleTrainer):

@@ -4,7 +4,8 @@ from importlib import import_module
 
 import pytest
 
-from qwen3_sft.checkpoints.manifest import CheckpointError, verify
+from qwen3_sft.checkpoints.manifest import verify
+from qwen3_sft.errors import CheckpointError
 from tests.support.source_tree import ROOT
 
 

@@ -12,8 +12,8 @@ import torch
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from qwen3_sft.demo.model import tiny_config, tiny_model
+from qwen3_sft.errors import UsageError
 from qwen3_sft.options.args import ModelArguments
-from qwen3_sft.options.recipe import UsageError
 from qwen3_sft.packing.rows import PackedDataset
 from tests.support.source_tree import ROOT
 

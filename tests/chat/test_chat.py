@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from qwen3_sft.chat.render import CHAT_FORMATS, detect_chat_format, render, render_plain, self_check
-from qwen3_sft.chat.samples import DataError, PlainText
+from qwen3_sft.chat.samples import PlainText
 from qwen3_sft.data.formats import parse_row
 from qwen3_sft.demo.model import trl_chat_template
+from qwen3_sft.errors import DataError
 
 THINKING = ("qwen3", "qwen3_thinking_2507")
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"b": 1}}]}

@@ -5,12 +5,9 @@ import safetensors.torch
 import torch
 from transformers import TrainerCallback
 
-from qwen3_sft.checkpoints.folders import (
-    load_weights,
-    newest_verified,
-)
+from qwen3_sft.checkpoints.folders import newest_verified
 from qwen3_sft.checkpoints.ledger import Ledger
-from qwen3_sft.checkpoints.manifest import CheckpointError, verify
+from qwen3_sft.checkpoints.manifest import verify
 from qwen3_sft.checkpoints.sharded import (
     load_optimizer,
     load_scheduler,
@@ -18,7 +15,8 @@ from qwen3_sft.checkpoints.sharded import (
     save_weights,
     saved_names,
 )
-from qwen3_sft.model.loading import ModelError
+from qwen3_sft.checkpoints.whole import load_weights
+from qwen3_sft.errors import CheckpointError, ModelError
 from tests.support.training import Documents, make_trainer, weights
 
 RUN = {

@@ -3,14 +3,8 @@ import os
 import pytest
 
 from qwen3_sft.checkpoints.ledger import Ledger
-from qwen3_sft.checkpoints.manifest import (
-    MANIFEST,
-    CheckpointError,
-    check_sizes,
-    read_manifest,
-    seal,
-    verify,
-)
+from qwen3_sft.checkpoints.manifest import MANIFEST, check_sizes, read_manifest, seal, verify
+from qwen3_sft.errors import CheckpointError
 
 
 @pytest.fixture

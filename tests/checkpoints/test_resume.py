@@ -2,10 +2,9 @@ import logging
 
 import pytest
 
-from qwen3_sft.checkpoints.manifest import CheckpointError
 from qwen3_sft.checkpoints.resume import CHANGEABLE, check_allowed, check_resumable, run_identity
+from qwen3_sft.errors import CheckpointError, UsageError
 from qwen3_sft.options.args import DataArguments, TrainArguments
-from qwen3_sft.options.recipe import UsageError
 
 IDENTITY = {
     "global_batch_size": 4, "data": "d", "template": "t", "tokenizer": "k", "max_length": 64,

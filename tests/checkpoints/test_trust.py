@@ -15,15 +15,16 @@ from torch.distributed.checkpoint.metadata import Metadata
 from transformers import PreTrainedModel
 
 from qwen3_sft.checkpoints.ledger import Ledger
-from qwen3_sft.checkpoints.manifest import MANIFEST, CheckpointError
+from qwen3_sft.checkpoints.manifest import MANIFEST
 from qwen3_sft.checkpoints.pickled_names import IN_ARCHIVES, IN_METADATA
-from qwen3_sft.checkpoints.pickles import RefusedPickleError, read_inert
+from qwen3_sft.checkpoints.pickles import read_inert
 from qwen3_sft.checkpoints.sharded import load_optimizer, save_optimizer, save_weights
 from qwen3_sft.checkpoints.trust import best_checkpoint, check_best, refuse_foreign_code
 from qwen3_sft.checkpoints.whole import load_checkpoint
 from qwen3_sft.cli import main
 from qwen3_sft.demo.model import tiny_config, tiny_model
-from qwen3_sft.model.trust import ModelError, check_weights_files
+from qwen3_sft.errors import CheckpointError, ModelError, RefusedPickleError
+from qwen3_sft.model.trust import check_weights_files
 from tests.support.planted import Attack, Reduced, plant, reseal
 from tests.support.training import make_trainer
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from qwen3_sft.chat.samples import DataError
 from qwen3_sft.commands.inspect import inspect
 from qwen3_sft.data.prepare import prepare
+from qwen3_sft.errors import DataError
 from qwen3_sft.options.args import DataArguments
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch.distributed
 from torch.utils.data import DataLoader
 
-from qwen3_sft.chat.samples import DataError
 from qwen3_sft.data.prepare import prepare
 from qwen3_sft.data.report import report_text
+from qwen3_sft.errors import DataError
 from qwen3_sft.options.args import DataArguments
 from qwen3_sft.packing.collator import PackedCollator
 from qwen3_sft.packing.rows import PackedDataset

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qwen3_sft.chat.samples import DataError
 from qwen3_sft.data.prepare import prepare
+from qwen3_sft.errors import DataError
 from qwen3_sft.options.args import DataArguments
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from qwen3_sft.chat.samples import DataError
 from qwen3_sft.data import cache_key
 from qwen3_sft.data.prepare import prepare
+from qwen3_sft.errors import DataError
 from qwen3_sft.options.args import DataArguments
 from tests.support.prepared import NUM_ROWS, arrays
 

@@ -5,16 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from qwen3_sft.chat.samples import (
-    Conversation,
-    DataError,
-    Dropped,
-    Message,
-    PlainText,
-    Tokens,
-    ToolCall,
-)
+from qwen3_sft.chat.samples import Conversation, Dropped, Message, PlainText, Tokens, ToolCall
 from qwen3_sft.data.formats import detect_format, require_format
+from qwen3_sft.errors import DataError
 from tests.support.data_rows import ANSWER, USER, answer, calling, chat, parse
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {}}}

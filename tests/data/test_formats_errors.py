@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 
-from qwen3_sft.chat.samples import Conversation, DataError, Dropped, PlainText, Tokens
+from qwen3_sft.chat.samples import Conversation, Dropped, PlainText, Tokens
+from qwen3_sft.errors import DataError
 from tests.support.data_rows import ANSWER, USER, answer, calling, chat, parse
 
 ERRORS = [

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qwen3_sft.chat.samples import DataError
 from qwen3_sft.data import json_rows
 from qwen3_sft.data.readers import _HubSource, find_sources, iter_rows
 from qwen3_sft.data.tally import Tally
+from qwen3_sft.errors import DataError
 from qwen3_sft.options.args import DataArguments
 
 ROWS = [{"text": f"row {i}", "nested": {"list": [i, i + 1]}} for i in range(7)]

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from qwen3_sft.distributed import rank_zero
+from qwen3_sft.errors import ExportError
 from qwen3_sft.export import export
-from qwen3_sft.export.check import ExportError
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from qwen3_sft.distributed.engine import Engine, check_experts, detect
+from qwen3_sft.errors import UsageError
 from qwen3_sft.options.args import DataArguments, ModelArguments
-from qwen3_sft.options.recipe import UsageError
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"}
 

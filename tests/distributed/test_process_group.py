@@ -6,12 +6,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from qwen3_sft.distributed import process_group
-from qwen3_sft.distributed.process_group import (
-    ProcessGroupError,
-    join_process_group,
-    leave_process_group,
-)
-from qwen3_sft.options.recipe import UsageError
+from qwen3_sft.distributed.process_group import join_process_group, leave_process_group
+from qwen3_sft.errors import ProcessGroupError, UsageError
 from tests.support.commands import free_port, run, succeeds
 
 

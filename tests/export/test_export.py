@@ -10,7 +10,8 @@ import monkey_patch
 from qwen3_sft.checkpoints.hub_writer import HubWriter, write_hub_model
 from qwen3_sft.checkpoints.state_tensors import full_tensors
 from qwen3_sft.demo.model import write_checkpoint
-from qwen3_sft.export.check import Expected, ExportError, digest, probe
+from qwen3_sft.errors import ExportError
+from qwen3_sft.export.check import Expected, digest, probe
 from qwen3_sft.export.export import base_dtype, export_model, verify
 from tests.support.oracle import assert_close
 from tests.support.training import PATCHES

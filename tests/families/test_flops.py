@@ -10,8 +10,8 @@ from transformers import Qwen3MoeConfig, Qwen3VLMoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
 from qwen3_sft.demo.model import tiny_config, tiny_model
+from qwen3_sft.errors import FlopsError
 from qwen3_sft.families.flops import (
-    FlopsError,
     ModelFlops,
     num_parameters,
     nvidia_flops_per_token,

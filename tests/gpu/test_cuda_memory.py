@@ -8,8 +8,8 @@ import torch
 from torchao.optim import AdamW8bit
 from transformers import Adafactor, TrainerCallback
 
+from qwen3_sft.errors import GpuMemoryError
 from qwen3_sft.optimizers.in_backward import BackwardOptimizer
-from qwen3_sft.training.out_of_memory import GpuMemoryError
 from qwen3_sft.training.plan_check import PlanCheck
 from tests.support.training import make_trainer, weights
 

@@ -12,7 +12,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DeepSpeedPlugin
 
-from qwen3_sft.commands.plan import plan_command
+from qwen3_sft.commands import plan
 from qwen3_sft.distributed.engine import detect
 from qwen3_sft.dry_run import dry_run
 from qwen3_sft.launch.accelerate_environment import accelerate_environment
@@ -198,7 +198,7 @@ def test_recipe_is_accepted_by_transformers(path, tmp_path):
 @pytest.mark.parametrize("name", GPUS)
 def test_numbers_in_a_recipe_are_those_of_the_plan(name):
     path = CONFIG / "recipe" / f"qwen3_30b_a3b_{name}.yaml"
-    lines, exit_code = plan_command([str(path), "--gpus", GPUS[name]])
+    lines, exit_code = plan.command([str(path), "--gpus", GPUS[name]])
     assert exit_code == 0, "a shipped recipe has to fit"
     found = list(lines)
     start = next(i for i, line in enumerate(found) if line.startswith("memory per GPU"))

@@ -14,17 +14,16 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from qwen3_sft.chat.samples import DataError
 from qwen3_sft.chat.template_process import is_shipped, render_apart
 from qwen3_sft.checkpoints.manifest import read_manifest, seal
 from qwen3_sft.data.prepare import prepare
 from qwen3_sft.data.readers import iter_rows
 from qwen3_sft.demo.model import trl_chat_template, write_checkpoint
+from qwen3_sft.errors import DataError, ModelError, UsageError
 from qwen3_sft.model.loading import load_strict, load_tokenizer, resolve_model
 from qwen3_sft.model.meta_model import meta_model
-from qwen3_sft.model.trust import ModelError
 from qwen3_sft.options.args import DataArguments
-from qwen3_sft.options.recipe import UsageError, parse_options
+from qwen3_sft.options.recipe import parse_options
 from qwen3_sft.options.secret_options import MASK, is_secret, masked
 from qwen3_sft.run import run_command
 from tests.support.data_rows import sums

@@ -13,7 +13,8 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from qwen3_sft.launch.agent import INTERRUPTED_CODE, Agent, catches, reported_code, workers
+from qwen3_sft.errors import INTERRUPTED
+from qwen3_sft.launch.agent import Agent, catches, reported_code, workers
 
 # Programs without imports that take long. A worker is known by the name in its command line.
 TRAINS = """
@@ -97,15 +98,15 @@ def test_what_has_ended_is_no_worker_and_catches_nothing():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_worker_that_trains_is_asked_to_save(tmp_path, number):
     name = "TERM" if number == signal.SIGTERM else "USR1"
-    assert launch(tmp_path, TRAINS, number, code=INTERRUPTED_CODE) == (INTERRUPTED_CODE, name)
+    assert launch(tmp_path, TRAINS, number, code=INTERRUPTED) == (INTERRUPTED, name)
 
 
 def test_a_second_signal_changes_nothing(tmp_path):
     result = launch(
-        tmp_path, TRAINS, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, code=INTERRUPTED_CODE,
+        tmp_path, TRAINS, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, code=INTERRUPTED,
         delay_s=0.1,
     )  # fmt: skip
-    assert result == (INTERRUPTED_CODE, "TERM")
+    assert result == (INTERRUPTED, "TERM")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -133,24 +134,20 @@ def test_a_failed_save_keeps_its_code(tmp_path):
 def test_a_worker_that_outlives_its_agent_is_waited_for(tmp_path, monkeypatch):
     """A scheduler may signal every process. Only what does not save has a limit."""
     monkeypatch.setattr("qwen3_sft.launch.agent._KILL_AFTER_S", 0.1)
-    result = launch(
-        tmp_path, TRAINS, signal.SIGTERM, code=INTERRUPTED_CODE, to_agent=signal.SIGTERM
-    )
-    assert result[0] == INTERRUPTED_CODE
+    result = launch(tmp_path, TRAINS, signal.SIGTERM, code=INTERRUPTED, to_agent=signal.SIGTERM)
+    assert result[0] == INTERRUPTED
 
 
-@pytest.mark.parametrize(("program", "code"), [(LOADS, 1), (TRAINS, INTERRUPTED_CODE)])
+@pytest.mark.parametrize(("program", "code"), [(LOADS, 1), (TRAINS, INTERRUPTED)])
 def test_a_killed_agent_leaves_no_orphan(tmp_path, program, code):
-    result = launch(tmp_path, program, code=INTERRUPTED_CODE, to_agent=signal.SIGKILL)
+    result = launch(tmp_path, program, code=INTERRUPTED, to_agent=signal.SIGKILL)
     assert result[0] == code
 
 
 def test_the_agent_ignores_sigusr1(tmp_path):
     """It knows nothing of it and would end."""
-    result = launch(
-        tmp_path, TRAINS, signal.SIGUSR1, code=INTERRUPTED_CODE, to_agent=signal.SIGUSR1
-    )
-    assert result == (INTERRUPTED_CODE, "USR1")
+    result = launch(tmp_path, TRAINS, signal.SIGUSR1, code=INTERRUPTED, to_agent=signal.SIGUSR1)
+    assert result == (INTERRUPTED, "USR1")
     assert (tmp_path / "agent").read_text() == "1"
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from qwen3_sft.errors import UsageError
 from qwen3_sft.launch.choice import choose, deepspeed_file, launch_environment
 from qwen3_sft.launch.launch import launch, launch_command
 from qwen3_sft.logs import _CHATTY_AT_IMPORT
-from qwen3_sft.options.recipe import UsageError
 from tests.support.source_tree import ROOT
 
 CONFIG = ROOT / "config"

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from qwen3_sft.errors import UsageError
 from qwen3_sft.launch.cluster import Cluster, read_cluster
-from qwen3_sft.options.recipe import UsageError
 
 # An address that documentation reserves: nobody's, and found without a name server.
 TWO = {

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import config_from_args, get_args_parser
 
+from qwen3_sft.errors import UsageError
 from qwen3_sft.launch import node
 from qwen3_sft.launch.accelerate_environment import accelerate_environment
 from qwen3_sft.launch.cluster import VARIABLES, Cluster
-from qwen3_sft.options.recipe import UsageError
 from tests.support.commands import ROOT, free_port, run
 
 # An address that documentation reserves: nobody's, and found without a name server.

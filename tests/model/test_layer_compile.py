@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 import monkey_patch
 from qwen3_sft.demo.model import tiny_config, tiny_model
 from qwen3_sft.distributed.engine import Engine
+from qwen3_sft.errors import UsageError
 from qwen3_sft.model.activation_checkpointing import enable_checkpointing
 from qwen3_sft.model.layer_compile import check_compile, compile_layers
-from qwen3_sft.options.recipe import UsageError
 from qwen3_sft.packing.collator import PackedCollator
 from tests.support.oracle import assert_close
 from tests.support.training import make_trainer, weights

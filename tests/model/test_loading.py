@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qwen3_sft.demo.model import write_checkpoint
+from qwen3_sft.errors import ModelError
 from qwen3_sft.model.loading import (
-    ModelError,
     choose_attention,
     load_model,
     load_strict,

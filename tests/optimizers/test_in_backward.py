@@ -7,9 +7,9 @@ import torch
 from torchao.optim import AdamW8bit, AdamWFp8
 from transformers import Adafactor, TrainerCallback
 
+from qwen3_sft.errors import NonFiniteError
 from qwen3_sft.optimizers import adafactor as adafactor_step
 from qwen3_sft.optimizers.in_backward import BackwardOptimizer
-from qwen3_sft.training.trainer import NonFiniteError
 from tests.support.oracle import assert_close
 from tests.support.training import make_trainer, weights
 

@@ -3,9 +3,10 @@ import torch
 from torchao.optim import AdamW8bit, AdamWFp8
 
 from qwen3_sft.distributed.engine import Engine
+from qwen3_sft.errors import UsageError
 from qwen3_sft.optimizers.in_backward import BackwardOptimizer
 from qwen3_sft.optimizers.low_bit_step import LowBitStep
-from qwen3_sft.options.recipe import UsageError, parse_options
+from qwen3_sft.options.recipe import parse_options
 from qwen3_sft.training.arguments import final_arguments
 from tests.support.training import make_trainer
 

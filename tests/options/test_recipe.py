@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qwen3_sft.errors import UsageError
 from qwen3_sft.options.args import DataArguments, ModelArguments, TrainArguments
-from qwen3_sft.options.recipe import Options, UsageError, help_text, parse_options
+from qwen3_sft.options.recipe import Options, help_text, parse_options
 from qwen3_sft.options.refused_options import REFUSED
 
 LEAST = ["--model_name_or_path", "some/model", "--dataset", "rows.jsonl"]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import monkey_patch
-from qwen3_sft.packing.isolation import LeakError, check_isolation
+from qwen3_sft.errors import LeakError
+from qwen3_sft.packing.isolation import check_isolation
 from tests.support.training import Documents
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from qwen3_sft.cli import main
-from qwen3_sft.commands.plan import plan_command
+from qwen3_sft.commands.plan import command
 from qwen3_sft.distributed.engine import Engine
+from qwen3_sft.errors import DoesNotFitError, UsageError
 from qwen3_sft.model.meta_model import meta_model
-from qwen3_sft.options.recipe import UsageError, parse_options
+from qwen3_sft.options.recipe import parse_options
 from qwen3_sft.plan.activations import activation_plan
-from qwen3_sft.plan.plan import DoesNotFitError, Gpu
+from qwen3_sft.plan.plan import Gpu
 from qwen3_sft.plan.planner import experts_for, plan_run, with_options
 from qwen3_sft.plan.weights import GIB
 from qwen3_sft.training.arguments import final_arguments
@@ -32,7 +33,7 @@ KEYS = {
 
 
 def planned(*argv: str) -> tuple[dict, int]:
-    lines, code = plan_command([*argv, "--format", "json"])
+    lines, code = command([*argv, "--format", "json"])
     (line,) = lines
     return json.loads(line), code
 
@@ -103,7 +104,7 @@ def test_advice_is_one_that_a_run_takes(rows, tmp_path):
 
 
 def test_nothing_fits_a_small_gpu():
-    lines, code = plan_command([ONE_GPU, "--gpus", "RTX 4090"])
+    lines, code = command([ONE_GPU, "--gpus", "RTX 4090"])
     text = "\n".join(lines)
     assert code == 3
     assert "DOES NOT FIT" in text
@@ -123,7 +124,7 @@ def test_several_gpus_use_the_engine_of_the_launcher():
 @pytest.mark.parametrize("gpus", ["H900", "0xH200", "12xH200", "x"])
 def test_gpus_that_are_not_known(gpus):
     with pytest.raises(UsageError, match=f"--gpus {gpus}"):
-        plan_command([ONE_GPU, "--gpus", gpus])
+        command([ONE_GPU, "--gpus", gpus])
 
 
 def test_the_command_prints_nothing_but_its_answer(capsys):

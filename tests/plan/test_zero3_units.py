@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from qwen3_sft.demo.model import tiny_config
+from qwen3_sft.errors import UsageError
 from qwen3_sft.families.known_models import KNOWN_CONFIGS
 from qwen3_sft.launch.cpu_adam import (
     check_build_tools,
@@ -24,7 +25,6 @@ from qwen3_sft.launch.cpu_adam import (
     refuse_stale_locks,
     stale_build_locks,
 )
-from qwen3_sft.options.recipe import UsageError
 from qwen3_sft.plan.zero3_units import (
     Unit,
     check_zero3,

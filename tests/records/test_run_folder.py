@@ -2,9 +2,10 @@ import json
 
 import pytest
 
-from qwen3_sft.checkpoints.manifest import CheckpointError, seal
-from qwen3_sft.options.recipe import UsageError
-from qwen3_sft.records.run_folder import RunFolder, check_resume, choose_checkpoint, versions
+from qwen3_sft.checkpoints.manifest import seal
+from qwen3_sft.checkpoints.resume import check_resume, choose_checkpoint
+from qwen3_sft.errors import CheckpointError, UsageError
+from qwen3_sft.records.run_folder import RunFolder, versions
 
 
 @pytest.fixture

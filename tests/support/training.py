@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PrinterCallback
 
 import monkey_patch
-from qwen3_sft.build import EpochCallback
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.model.activation_checkpointing import enable_checkpointing
 from qwen3_sft.options.args import TrainArguments
 from qwen3_sft.packing.collator import PackedCollator
 from qwen3_sft.packing.rows import PackedDataset
+from qwen3_sft.training.callbacks import EpochCallback
 from qwen3_sft.training.metrics import StepLines
 from qwen3_sft.training.trainer import SftTrainer
 

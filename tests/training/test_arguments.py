@@ -1,7 +1,8 @@
 import pytest
 
 from qwen3_sft.distributed.engine import Engine
-from qwen3_sft.options.recipe import UsageError, parse_options
+from qwen3_sft.errors import UsageError
+from qwen3_sft.options.recipe import parse_options
 from qwen3_sft.training.arguments import _check_engine, accumulation_steps, final_arguments
 
 

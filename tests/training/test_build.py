@@ -2,7 +2,8 @@ import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 
-from qwen3_sft.build import check_optimizer, set_fsdp_precision
+from qwen3_sft.build import set_fsdp_precision
+from qwen3_sft.training.callbacks import check_optimizer
 
 
 def test_fsdp_of_accelerate_sums_gradients_in_float32_and_returns_the_loss_uncast():

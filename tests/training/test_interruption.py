@@ -14,9 +14,9 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from qwen3_sft.checkpoints.manifest import CheckpointError, verify
+from qwen3_sft.checkpoints.manifest import verify
+from qwen3_sft.errors import CheckpointError, Interrupted
 from qwen3_sft.run import run_command
-from qwen3_sft.training.interruption import Interrupted
 from tests.support.commands import metrics
 from tests.support.run_inputs import write_inputs
 from tests.support.training import Documents, make_trainer, weights

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from qwen3_sft.distributed.engine import Engine
+from qwen3_sft.errors import GpuMemoryError
 from qwen3_sft.plan.advice import MemorySettings, advice
-from qwen3_sft.training.out_of_memory import GpuMemory, GpuMemoryError, naming, surroundings
+from qwen3_sft.training.out_of_memory import GpuMemory, naming, surroundings
 from tests.support.commands import run
 from tests.support.training import make_trainer
 

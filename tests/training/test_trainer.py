@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from qwen3_sft.errors import NonFiniteError
 from qwen3_sft.training.metrics import KEYS
-from qwen3_sft.training.trainer import NonFiniteError
 from tests.support.faults import outcome
 from tests.support.oracle import assert_close
 from tests.support.training import Documents, make_trainer, nll_sum, weights

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-from qwen3_sft.options.recipe import UsageError
-from qwen3_sft.plan.activations import Policy
+from qwen3_sft.errors import UsageError
+from qwen3_sft.model.activation_checkpointing import Policy
 
 
 @dataclass(frozen=True)
