@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +19,15 @@ from transformers import (
 
 from monkey_patch.router_aux_loss import router_statistics
 from qwen3_sft.checkpoints.folders import step_of
-from qwen3_sft.checkpoints.save import rows_per_step
 from qwen3_sft.data.prepare import TokenDataset
+from qwen3_sft.decisions import Decisions
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import UsageError
 from qwen3_sft.hardware import device_info
 from qwen3_sft.model.activation_checkpointing import enable_checkpointing
 from qwen3_sft.model.layer_compile import RecompileWatch, compile_layers
 from qwen3_sft.options.args import DataArguments, TrainArguments
+from qwen3_sft.options.batch import rows_per_step
 from qwen3_sft.packing.collator import PackedCollator
 from qwen3_sft.packing.rows import PackedDataset
 from qwen3_sft.plan.plan import RunPlan
@@ -40,58 +42,73 @@ from qwen3_sft.training.trainer import SftTrainer
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The data of a run.
+
+    Attributes:
+        tokenizer: of the base model.
+        train: samples to train on.
+        eval: held-out samples, None for no evaluation.
+        has_own_eval: whether they come from files of their own, with a report of their own.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    train: TokenDataset
+    eval: TokenDataset | None = None
+    has_own_eval: bool = False
+
+    def write_reports(self, write: Callable[[str, Any], None]) -> None:
+        """Write what was read and what was dropped.
+
+        Args:
+            write: takes the name of a record and its content.
+        """
+        write("data_report.json", self.train.report)
+        if self.has_own_eval and self.eval is not None:
+            write("eval_data_report.json", self.eval.report)
+
+
 def build_trainer(
+    decisions: Decisions,
     args: TrainArguments,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train_tokens: TokenDataset,
-    eval_tokens: TokenDataset | None,
-    data: DataArguments,
+    tokens: Tokens,
     folder: RunFolder,
-    checkpoint: Path | None,
-    plan: RunPlan,
-    identity: dict[str, Any],
 ) -> SftTrainer:
     """Return the trainer of one run, its datasets packed for this world size.
 
     Args:
+        decisions: on engine, layers, data options and checkpoint.
         args: joins the process group, so the data is prepared before it exists.
         model: patched, on its device.
-        tokenizer: of the base model.
-        train_tokens: samples to train on.
-        eval_tokens: held-out samples, None for no evaluation.
-        data: row length and packing.
+        tokens: what to train and to evaluate on.
         folder: where metrics and samples go.
-        checkpoint: what the run resumes from, None for a fresh start.
-        plan: what spreads the run over processes, and which layers compute again.
-        identity: what the run's checkpoints say of its data and schedule.
 
     Raises:
         UsageError: accelerate did not switch the engine on.
     """
-    engine = plan.engine
-    train_rows, eval_rows = _pack(args, train_tokens, eval_tokens, data)
+    data, plan, engine = decisions.options.data, decisions.plan, decisions.engine
+    train_rows, eval_rows = _pack(args, tokens, data)
     statistics = router_statistics(model)
     if args.router_aux_loss_coef is not None:
         statistics.coefficient = args.router_aux_loss_coef
     args.disable_tqdm = True  # our own line per step says more
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type == "cuda"
     first = args.process_index == 0
-    resume_step = None if checkpoint is None else step_of(checkpoint)
+    resume_step = None if decisions.checkpoint is None else step_of(decisions.checkpoint)
     trainer = SftTrainer(
         model=model,
         args=args,
-        processing_class=tokenizer,
-        data_collator=PackedCollator(data.max_length, tokenizer.pad_token_id),
+        processing_class=tokens.tokenizer,
+        data_collator=PackedCollator(data.max_length, tokens.tokenizer.pad_token_id),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        callbacks=_callbacks(
-            args, train_rows, eval_tokens, tokenizer, data, folder, resume_step, plan
-        ),
+        callbacks=_callbacks(args, train_rows, tokens, data, folder, resume_step, plan),
         router_statistics=statistics,
         peak_flops=_peak_flops(args, model),
         metrics_file=StepLines(folder.metrics, resume_step) if first else None,
-        run_facts={"identity": identity, "versions": versions()},
+        run_facts={"identity": decisions.identity, "versions": versions()},
         engine=engine,
     )
     _check_engine(trainer, engine)
@@ -117,26 +134,23 @@ def _shape_layers(trainer: SftTrainer, plan: RunPlan) -> None:
 
 
 def _pack(
-    args: TrainArguments,
-    train_tokens: TokenDataset,
-    eval_tokens: TokenDataset | None,
-    data: DataArguments,
+    args: TrainArguments, tokens: Tokens, data: DataArguments
 ) -> tuple[PackedDataset, PackedDataset | None]:
     """Pack for this world size and say in words what one step is."""
     per_step = rows_per_step(args)
     train_rows = PackedDataset(
-        train_tokens, data.max_length, packing=data.packing, seed=args.seed,
+        tokens.train, data.max_length, packing=data.packing, seed=args.seed,
         rows_multiple_of=per_step,
     )  # fmt: skip
     eval_rows = None
-    if eval_tokens is not None:
+    if tokens.eval is not None:
         eval_rows = PackedDataset(
-            eval_tokens, data.max_length, packing=data.packing, seed=args.seed,
+            tokens.eval, data.max_length, packing=data.packing, seed=args.seed,
             rows_multiple_of=args.world_size * args.per_device_eval_batch_size,
         )  # fmt: skip
     logger.info(
         "data: %d samples in %d rows of %d tokens (%.2f%% full); one step = %d processes x %d "
-        "rows x %d accumulated = %s tokens", len(train_tokens), len(train_rows), data.max_length,
+        "rows x %d accumulated = %s tokens", len(tokens.train), len(train_rows), data.max_length,
         100 * train_rows.fill, args.world_size, args.per_device_train_batch_size,
         args.gradient_accumulation_steps, f"{per_step * data.max_length:,}",
     )  # fmt: skip
@@ -146,8 +160,7 @@ def _pack(
 def _callbacks(
     args: TrainArguments,
     train_rows: PackedDataset,
-    eval_tokens: TokenDataset | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tokens,
     data: DataArguments,
     folder: RunFolder,
     resume_step: int | None,
@@ -155,7 +168,7 @@ def _callbacks(
 ) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [
         EpochCallback(train_rows),
-        StartCallback(data.max_length, tokenizer.pad_token_id),
+        StartCallback(data.max_length, tokens.tokenizer.pad_token_id),
         PlanCheck(
             plan.components(),
             None if plan.expected is None else plan.expected.tokens_per_second,
@@ -167,12 +180,12 @@ def _callbacks(
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStopping())
     first = args.process_index == 0
-    if eval_tokens is not None and args.num_samples and (first or plan.engine.shards_weights):
-        prompts = pick_prompts(eval_tokens, tokenizer, args.num_samples, data.max_length)
+    if tokens.eval is not None and args.num_samples and (first or plan.engine.shards_weights):
+        prompts = pick_prompts(tokens.eval, tokens.tokenizer, args.num_samples, data.max_length)
         callbacks.append(
             CompletionCallback(
-                StepLines(folder.samples, resume_step) if first else None, prompts, tokenizer,
-                args.sample_max_new_tokens, resume_step,
+                StepLines(folder.samples, resume_step) if first else None, prompts,
+                tokens.tokenizer, args.sample_max_new_tokens, resume_step,
             )
         )  # fmt: skip
     return callbacks

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
 import monkey_patch
-from monkey_patch.fp8_selection import Selection, describe
-from qwen3_sft.build import build_trainer
+from qwen3_sft.build import Tokens, build_trainer
 from qwen3_sft.checkpoints.resume import (
     agree_on_checkpoint,
     check_allowed,
     check_resume,
     run_identity,
 )
-from qwen3_sft.checkpoints.save import rows_per_step
-from qwen3_sft.data.prepare import TokenDataset, prepare
+from qwen3_sft.data.prepare import prepare
+from qwen3_sft.decisions import Decisions, Machine, decide, with_plan
 from qwen3_sft.demo.build import resolve_demo
-from qwen3_sft.distributed.engine import Engine, check_experts, deepspeed_config, detect
 from qwen3_sft.distributed.peer_watch import PeerWatch
 from qwen3_sft.distributed.process_group import join_process_group, leave_process_group
 from qwen3_sft.distributed.rank_zero import on_first_rank
@@ -32,25 +29,14 @@ from qwen3_sft.dry_run import dry_run
 from qwen3_sft.errors import DONE, INTERRUPTED, Interrupted, exit_code_of
 from qwen3_sft.export.export import export_model
 from qwen3_sft.hardware import device_info
-from qwen3_sft.model.fp8 import choose_fp8
-from qwen3_sft.model.loading import (
-    choose_attention,
-    load_model,
-    load_tokenizer,
-    num_experts,
-    resolve_model,
-    weights_dtype,
-)
+from qwen3_sft.model.loading import load_model, load_tokenizer, resolve_model
 from qwen3_sft.model.meta_model import meta_model
-from qwen3_sft.model.patches import FP8_PATCHES, choose_patches, fp8_selection
+from qwen3_sft.model.patches import FP8_PATCHES
 from qwen3_sft.options.args import DataArguments, TrainArguments
+from qwen3_sft.options.batch import rows_per_step
+from qwen3_sft.options.draft import TrainDraft
 from qwen3_sft.options.recipe import Options, help_text, parse_options
 from qwen3_sft.plan.advice import MemorySettings
-from qwen3_sft.plan.nearest import describe_advice, nearest
-from qwen3_sft.plan.plan import RunPlan
-from qwen3_sft.plan.planner import experts_for, plan_here
-from qwen3_sft.plan.zero3_units import check_zero3
-from qwen3_sft.plan.zero3_units import describe as describe_units
 from qwen3_sft.records.run_folder import RunFolder, versions
 from qwen3_sft.training.arguments import final_arguments
 from qwen3_sft.training.callbacks import TellStep
@@ -71,7 +57,7 @@ def _run_command(argv: list[str]) -> int:
         logger.info("%s", help_text())
         return DONE
     options = parse_options(argv)
-    if options.train_values["dry_run"]:
+    if options.train.dry_run:
         for line in dry_run(options):
             logger.info("%s", line)
         return DONE
@@ -84,82 +70,92 @@ def run(options: Options, peers: PeerWatch) -> int:
 
     That is 75 where a signal has interrupted training, which is then saved.
     """
-    engine = detect(options.model, options.data)
     folder = RunFolder(options.output_dir)
     if summary := folder.summary():
         logger.info("%s", describe_summary(folder, summary))
         return DONE
-    check_resume(folder, options.train_values["resume"])
-    check_allowed(options.train_values["allow_change"])
+    check_resume(folder, options.train.resume)
+    check_allowed(options.train.allow_change)
     folder.create()
     name, data = resolve_demo(options.model.model_name_or_path, options.data, folder.path / "base")
     base = resolve_model(name, options.model.model_revision)
-    check_experts(engine, num_experts(base))
-    # Before TrainingArguments exist: then even a plan would be sharded.
-    plan = _plan(options, engine, base)
-    tokenizer = load_tokenizer(base)
-    # Before TrainingArguments exist, hence outside any process group: this may take hours.
-    train_tokens, eval_tokens = _prepare_data(data, tokenizer, options.train_values["seed"])
+    # Before TrainingArguments exist: then even a model on the meta device would be sharded.
+    decisions = decide(options, meta_model(str(base)), Machine.here(options.train))
+    _say(decisions)
+    # Outside any process group: this may take hours.
+    tokens = _prepare_data(data, base, options.train.seed)
 
-    values = options.train_values
-    _join(values, peers)
-    plan = on_first_rank(lambda: plan)  # GPUs may differ, what layers do must not
-    options.model.experts_implementation = experts_for(
-        options.model.experts_implementation, plan.layers
-    )
-    args = final_arguments(options, engine, has_eval=eval_tokens is not None)
-    identity = run_identity(args, data, train_tokens.report["fingerprints"], rows_per_step(args))
-    checkpoint = agree_on_checkpoint(folder, args, engine, identity)
-    loaded = _load(base, options, args, engine, data)
-    trainer = build_trainer(
-        args, loaded.model, tokenizer, train_tokens, eval_tokens, data, folder, checkpoint, plan,
-        identity,
-    )  # fmt: skip
+    _join(options.train, peers)
+    # GPUs may differ, what layers do must not.
+    decisions = with_plan(decisions, on_first_rank(lambda: decisions.plan))
+    args = final_arguments(decisions.options, decisions.engine)
+    decisions = _with_checkpoint(decisions, folder, args, data, tokens)
+    model, patches = _load(base, decisions, args)
+    trainer = build_trainer(decisions, args, model, tokens, folder)
     trainer.add_callback(TellStep(peers))
     if trainer.is_world_process_zero():
-        _write_records(folder, options, trainer, loaded)
-        folder.write_json("data_report.json", train_tokens.report)
-        if data.eval_dataset and eval_tokens is not None:
-            folder.write_json("eval_data_report.json", eval_tokens.report)
-    is_whole = _train(trainer, checkpoint)
+        _write_records(folder, decisions, trainer, patches)
+        tokens.write_reports(folder.write_json)
+    is_whole = _train(trainer, decisions.checkpoint)
     if is_whole and args.stop_after_steps is None:
-        with loaded.patches.paused(*FP8_PATCHES):  # whoever loads the model will compute without
-            _finish(trainer, options, base, folder)
+        with patches.paused(*FP8_PATCHES):  # whoever loads the model will compute without
+            _finish(trainer, decisions.options, base, folder)
     peers.leave()
     leave_process_group()
     return DONE if is_whole else INTERRUPTED
 
 
-@dataclasses.dataclass(frozen=True)
-class _Loaded:
-    """A patched model, and what was chosen for it."""
+def _say(decisions: Decisions) -> None:
+    """Say what was decided; a plan that does not fit is a warning, since only the GPU knows."""
+    for line in decisions.lines():
+        logger.info("%s", line)
+    if decisions.advice_line and os.environ.get("RANK", "0") == "0":
+        logger.warning("this is likely to run out of memory; %s", decisions.advice_line)
 
-    model: Any
-    patches: monkey_patch.AppliedPatches
-    attention: str
-    fp8: Selection | None
+
+def _prepare_data(data: DataArguments, base: Path, seed: int) -> Tokens:
+    tokenizer = load_tokenizer(base)
+    tokens = prepare(data, tokenizer)
+    if data.eval_dataset:
+        return Tokens(tokenizer, tokens, prepare(data, tokenizer, eval=True), has_own_eval=True)
+    if data.eval_fraction:
+        return Tokens(tokenizer, *tokens.split(data.eval_fraction, seed))
+    return Tokens(tokenizer, tokens)
+
+
+def _join(train: TrainDraft, peers: PeerWatch) -> None:
+    """Meet the other processes and begin to watch them, if there are any."""
+    backend = "gloo" if train.use_cpu else train.ddp_backend
+    if store := join_process_group(train.dist_timeout_s, backend):
+        peers.start(store, dist.get_rank(), dist.get_world_size())
+
+
+def _with_checkpoint(
+    decisions: Decisions, folder: RunFolder, args: TrainArguments, data: DataArguments,
+    tokens: Tokens,
+) -> Decisions:  # fmt: skip
+    """Decide what the run goes on from, now that its data is known and its processes have met."""
+    fingerprints = tokens.train.report["fingerprints"]
+    identity = run_identity(args, data, fingerprints, rows_per_step(args))
+    checkpoint = agree_on_checkpoint(folder, args, decisions.engine, identity)
+    return replace(decisions, identity=identity, checkpoint=checkpoint)
 
 
 def _load(
-    base: Path, options: Options, args: TrainArguments, engine: Engine, data: DataArguments
-) -> _Loaded:
+    base: Path, decisions: Decisions, args: TrainArguments
+) -> tuple[Any, monkey_patch.AppliedPatches]:
     """Read the weights and patch the model."""
-    compute = torch.bfloat16 if args.bf16 else weights_dtype(options.model)
-    weights = weights_dtype(options.model, engine, compute)
-    attention, reason = choose_attention(options.model.attn_implementation, args.device, compute)
-    logger.info("engine: %s; attention: %s (%s)", engine, attention, reason)
-    fp8 = choose_fp8(options.model, args.device, packing=data.packing)
-    with naming("loading the weights", MemorySettings.of(args, engine, data.max_length)):
+    options, engine = decisions.options, decisions.engine
+    settings = MemorySettings.of(args, engine, options.data.max_length)
+    with naming("loading the weights", settings):
         model: Any = load_model(
-            base, options.model, args.device, weights, attention, engine=engine, compute=compute
-        )
-        selection = fp8_selection(model, options.model, fp8)
-        if selection is not None:
-            logger.info("%s", describe(selection))
-        patches = monkey_patch.apply_patches(model, choose_patches(options.model, attention, fp8))
+            base, options.model, args.device, decisions.weights, decisions.attention_name,
+            engine=engine, compute=decisions.compute,
+        )  # fmt: skip
+        patches = monkey_patch.apply_patches(model, decisions.patches)
         if engine.layout == "whole":
             model.to(args.device)
-    return _Loaded(model, patches, attention, selection)
+    return model, patches
 
 
 def _train(trainer: SftTrainer, checkpoint: Path | None) -> bool:
@@ -174,55 +170,24 @@ def _train(trainer: SftTrainer, checkpoint: Path | None) -> bool:
     return True
 
 
-def _join(values: dict[str, Any], peers: PeerWatch) -> None:
-    """Meet the other processes and begin to watch them, if there are any."""
-    backend = "gloo" if values["use_cpu"] else values["ddp_backend"]
-    if store := join_process_group(values["dist_timeout_s"], backend):
-        peers.start(store, dist.get_rank(), dist.get_world_size())
-
-
-def _plan(options: Options, engine: Engine, base: Path) -> RunPlan:
-    """Plan and say so; a plan that does not fit is a warning, since only the GPU knows."""
-    on_meta = meta_model(str(base))
-    if engine.kind == "zero3":
-        logger.info("%s", describe_units(check_zero3(on_meta, deepspeed_config())))
-    plan = plan_here(on_meta, options, engine)
-    for line in plan.lines():
-        logger.info("%s", line)
-    if plan.fits is False and os.environ.get("RANK", "0") == "0":
-        advice = nearest(options, engine, lambda o: plan_here(on_meta, o, engine))
-        logger.warning("this is likely to run out of memory; %s", describe_advice(advice))
-    return plan
-
-
-def _prepare_data(
-    data: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> tuple[TokenDataset, TokenDataset | None]:
-    tokens = prepare(data, tokenizer)
-    if data.eval_dataset:
-        return tokens, prepare(data, tokenizer, eval=True)
-    if data.eval_fraction:
-        return tokens.split(data.eval_fraction, seed)
-    return tokens, None
-
-
 def _write_records(
-    folder: RunFolder, options: Options, trainer: SftTrainer, loaded: _Loaded
-) -> None:
-    info = device_info()
-    folder.write_config(options.resolved())
+    folder: RunFolder, decisions: Decisions, trainer: SftTrainer,
+    patches: monkey_patch.AppliedPatches,
+) -> None:  # fmt: skip
+    fp8 = decisions.selection
+    folder.write_config(decisions.options.resolved())
     folder.write_json(
         "environment.json",
         {
             "versions": versions(),
-            "device": dataclasses.asdict(info),
-            "engine": dataclasses.asdict(trainer.engine),
+            "device": asdict(device_info()),
+            "engine": asdict(decisions.engine),
             "world_size": trainer.args.world_size,
             "weights_dtype": str(trainer.model.dtype),
             "autocast_dtype": "bfloat16" if trainer.args.bf16 else None,
-            "attn_implementation": loaded.attention,
-            "patches": loaded.patches.counts,
-            "fp8": None if loaded.fp8 is None else dataclasses.asdict(loaded.fp8),
+            "attn_implementation": decisions.attention_name,
+            "patches": patches.counts,
+            "fp8": None if fp8 is None else asdict(fp8),
         },
     )
 

@@ -26,13 +26,9 @@ from qwen3_sft.checkpoints.rotation import rotate
 from qwen3_sft.checkpoints.write import WritingTrainer, noting
 from qwen3_sft.distributed.rank_zero import RankZero
 from qwen3_sft.errors import CheckpointError
+from qwen3_sft.options.batch import rows_per_step
 
 logger = logging.getLogger(__name__)
-
-
-def rows_per_step(args: Any) -> int:
-    """Return the packed rows of one optimizer step over all processes."""
-    return args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
 class SavingTrainer(WritingTrainer):

@@ -7,17 +7,16 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 
-from qwen3_sft.distributed.engine import Engine, check_experts, detect
+from qwen3_sft.decisions import Decisions, Machine, decide
 from qwen3_sft.errors import DOES_NOT_FIT, DONE, UsageError
 from qwen3_sft.launch.choice import choose, launch_environment, planned_model
-from qwen3_sft.options.recipe import Options, parse_options
-from qwen3_sft.plan.nearest import describe_advice, nearest
-from qwen3_sft.plan.plan import Gpu, RunPlan
-from qwen3_sft.plan.planner import compute_dtype, plan_run
+from qwen3_sft.options.recipe import parse_options
+from qwen3_sft.plan.plan import Gpu
 from qwen3_sft.plan.weights import GIB
 
 _PER_NODE = 8
@@ -41,36 +40,20 @@ def command(argv: list[str], *, color: bool = False) -> tuple[Iterator[str], int
     if own.recipe is not None:
         rest = ["--config", own.recipe, *rest]
     count, gpu = _gpus(own.gpus)
-    planned = _Planned(rest, count, gpu)
-    plan = planned.plan(planned.options)
-    advice = nearest(planned.options, planned.engine, planned.plan) if plan.fits is False else None
-    lines = _text(planned, plan, advice) if own.format == "text" else iter([_json(plan, advice)])
-    return lines, DOES_NOT_FIT if plan.fits is False else DONE
-
-
-class _Planned:
-    """The options of a recipe as the launcher would complete them for the GPUs."""
-
-    def __init__(self, argv: list[str], count: int, gpu: Gpu) -> None:
-        nodes = -(-count // _PER_NODE)
-        self.choice = choose(
-            argv, gpus_per_node=count // nodes, nodes=nodes, gpu_memory_gib=gpu.memory_gib,
-            environment=os.environ, needs_data=False,
-        )  # fmt: skip
-        self.environment = {
-            **launch_environment(self.choice), "LOCAL_WORLD_SIZE": str(count // nodes),
-        }  # fmt: skip
-        self.options = parse_options([*argv, *self.choice.run_flags], needs_data=False)
-        self.engine: Engine = detect(self.options.model, self.options.data, self.environment)
-        self.model, self.assumption = planned_model(self.options)
-        check_experts(self.engine, self.model.config.get_text_config().num_experts)
-        self.count, self.gpu = count, gpu
-
-    def plan(self, options: Options) -> RunPlan:
-        return plan_run(
-            self.model, options, self.engine, self.gpu, compute_dtype(options, on_gpu=True),
-            self.environment,
-        )  # fmt: skip
+    nodes = -(-count // _PER_NODE)
+    choice = choose(
+        rest, gpus_per_node=count // nodes, nodes=nodes, gpu_memory_gib=gpu.memory_gib,
+        environment=os.environ, needs_data=False,
+    )  # fmt: skip
+    environment = {**launch_environment(choice), "LOCAL_WORLD_SIZE": str(count // nodes)}
+    options = parse_options([*rest, *choice.run_flags], needs_data=False)
+    model, assumption = planned_model(options)
+    decisions = decide(options, model, Machine(gpu), environment)
+    exit_code = DOES_NOT_FIT if decisions.plan.fits is False else DONE
+    if own.format == "json":
+        return iter([_json(decisions)]), exit_code
+    first = f"{assumption}{count} x {gpu.name}: {choice.reason}"
+    return chain([first], decisions.lines(), filter(None, [decisions.advice_line])), exit_code
 
 
 def _gpus(words: str | None) -> tuple[int, Gpu]:
@@ -87,14 +70,8 @@ def _gpus(words: str | None) -> tuple[int, Gpu]:
     return count, Gpu.named(found[2])
 
 
-def _text(planned: _Planned, plan: RunPlan, advice: tuple[str, RunPlan] | None) -> Iterator[str]:
-    yield f"{planned.assumption}{planned.count} x {planned.gpu.name}: {planned.choice.reason}"
-    yield from plan.lines()
-    if plan.fits is False:
-        yield describe_advice(advice)
-
-
-def _json(plan: RunPlan, advice: tuple[str, RunPlan] | None) -> str:
+def _json(decisions: Decisions) -> str:
+    plan, advice = decisions.plan, decisions.advice
     parts = {name: size / GIB for name, size in plan.components().items()}
     if plan.gpu is not None:
         parts["temporaries"] += plan.gpu.reserve_gib

@@ -22,9 +22,7 @@ import qwen3_sft
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from qwen3_sft.distributed.engine import Engine
     from qwen3_sft.options.recipe import Options
-    from qwen3_sft.plan.weights import Plan
 
 CONFIG = Path(qwen3_sft.__file__).parent.parent / "config"
 
@@ -157,39 +155,37 @@ def _own_sizes(argv: list[str], options: Options) -> list[str]:
 def _sharding(
     options: Options, gpus: int, nodes: int, gpu_memory_gib: float | None
 ) -> tuple[list[str], str]:
-    import torch
-
-    from qwen3_sft.distributed.engine import Engine
-    from qwen3_sft.model.loading import weights_dtype
-    from qwen3_sft.plan.weights import memory_plan
+    from qwen3_sft.decisions import Machine, decide
+    from qwen3_sft.plan.plan import Gpu
 
     model, assumption = planned_model(options)
     limit = MARGIN * (gpu_memory_gib or 0)
+    machine = Machine(Gpu("GPU", gpu_memory_gib) if gpu_memory_gib else None)
+    processes = {"WORLD_SIZE": str(gpus * nodes), "LOCAL_WORLD_SIZE": str(gpus)}
 
-    def plan(engine: Engine) -> Plan:
-        return memory_plan(
-            model, engine, weights=weights_dtype(options.model, engine, torch.bfloat16),
-            compute=torch.bfloat16, world_size=gpus * nodes, gpus_per_node=gpus,
-        )  # fmt: skip
+    def gib(**sizes: int) -> float:
+        """What weights, gradients and states take on each GPU with these sizes."""
+        plan = decide(options.replaced(**sizes), model, machine, processes).plan
+        return plan.memory.gpu_gib
 
-    copies = plan(Engine("ddp"))
+    copies = gib()
     room = "memory of a GPU unknown"
     if gpu_memory_gib:
         room = f"{100 * MARGIN:.0f}% of a GPU with {gpu_memory_gib:.1f} GiB is {limit:.1f} GiB"
-    need = f"{assumption}a whole copy takes {copies.gpu_gib:.1f} GiB, {room}"
-    if copies.gpu_gib <= limit:
+    need = f"{assumption}a whole copy takes {copies:.1f} GiB, {room}"
+    if copies <= limit:
         return [], f"{need}: one copy on each of {gpus * nodes} GPUs (DDP)"
-    flat = plan(Engine("native", gpus * nodes))
     if nodes > 1:
-        hybrid = plan(Engine("native", gpus, 1, nodes))
-        if hybrid.gpu_gib <= limit:
+        hybrid = gib(dp_replicate_size=nodes, fsdp_size=gpus)
+        if hybrid <= limit:
             sizes = ["--dp_replicate_size", str(nodes), "--fsdp_size", str(gpus)]
             return sizes, (
-                f"{need}; shards of {hybrid.gpu_gib:.1f} GiB over {gpus} GPUs and {nodes} copies, "
+                f"{need}; shards of {hybrid:.1f} GiB over {gpus} GPUs and {nodes} copies, "
                 "one on each node (HSDP)"
             )
-    words = f"{need}; shards of {flat.gpu_gib:.1f} GiB over {gpus * nodes} GPUs (native FSDP2)"
-    if gpu_memory_gib and flat.gpu_gib > gpu_memory_gib:
+    flat = gib(fsdp_size=-1)
+    words = f"{need}; shards of {flat:.1f} GiB over {gpus * nodes} GPUs (native FSDP2)"
+    if gpu_memory_gib and flat > gpu_memory_gib:
         words += "; they do not fit either: try ACCELERATE_CONFIG=config/zero3_offload.json"
     return ["--fsdp_size", "-1"], words
 

@@ -159,7 +159,7 @@ def plan(cluster: Cluster, choice: Choice) -> list[str]:
 def _check_options(cluster: Cluster, argv: list[str]) -> None:
     """Find mistakes in the options before nodes wait for one another."""
     options = parse_options(argv)
-    resume = options.train_values["resume"]
+    resume = options.train.resume
     if cluster.max_restarts and resume != "auto":
         raise UsageError(
             f"--resume {resume} with MAX_RESTARTS={cluster.max_restarts}: a restarted run could "

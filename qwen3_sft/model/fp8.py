@@ -47,6 +47,9 @@ class Fp8Choice:
         return self.attention or self.experts
 
 
+NO_FP8 = Fp8Choice()
+
+
 def choose_fp8(
     options: ModelArguments,
     device: torch.device,
@@ -69,7 +72,7 @@ def choose_fp8(
     if options.fp8 == "off":
         if options.fp8_keep:
             raise UsageError(f"--fp8_keep {options.fp8_keep} without --fp8 does nothing")
-        return Fp8Choice()
+        return NO_FP8
     if options.fp8 == "auto":
         table = _table() if measured is None else measured
         choice = _measured_choice(device, table, options.fp8_scaling)
@@ -127,7 +130,7 @@ def _measured_choice(device: torch.device, measured: Mapping[str, Any], scaling:
     row = measured.get(spec.name if spec else name)
     if row is None:
         logger.info("FP8: off, nothing is measured on %s yet (--fp8 auto)", name)
-        return Fp8Choice()
+        return NO_FP8
     key, other = "experts", MXFP8_EXPERTS
     if scaling == "mxfp8":
         key, other = other, key

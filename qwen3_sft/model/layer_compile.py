@@ -43,17 +43,17 @@ _SETTLED_AFTER = 20  # steps in which a run may still meet something new
 
 
 def check_compile(options: Options, engine: Engine) -> None:
-    """Refuse what compiled layers do not go with, and leave norms and RoPE to the compiler.
+    """Refuse what compiled layers do not go with.
 
     Args:
-        options: of the run; `model.use_liger` is set to False if it was left open.
+        options: of the run.
         engine: what spreads the run over processes.
 
     Raises:
         UsageError: naming the option and what to set instead.
     """
-    values, model = options.train_values, options.model
-    if not values["torch_compile"]:
+    train, model = options.train, options.model
+    if not train.torch_compile:
         return
     name = "--torch_compile true"
     if engine.kind not in ("single", "ddp"):
@@ -73,14 +73,13 @@ def check_compile(options: Options, engine: Engine) -> None:
         )
     if model.attn_implementation == "eager":
         raise UsageError(f"{name} with --attn_implementation eager is not tested; use auto")
-    policy = values["activation_checkpointing"]
-    if values["activation_offload"] and policy in ("selective", "auto"):
+    policy = train.activation_checkpointing
+    if train.activation_offload and policy in ("selective", "auto"):
         raise UsageError(
             f"{name} with --activation_checkpointing {policy} keeps activations within compiled "
             "code, where --activation_offload cannot move them: set --activation_checkpointing "
             "full, or leave one of the three out"
         )
-    model.use_liger = False
 
 
 def compile_layers(model: PreTrainedModel, *, mode: str | None = None, backend: Any = None) -> int:

@@ -8,17 +8,15 @@ from monkey_patch.core import Patch
 from monkey_patch.experts_fp8 import experts_fp8
 from monkey_patch.fp8_selection import Selection, select
 from monkey_patch.linear_fp8 import linear_fp8
-from qwen3_sft.model.fp8 import Fp8Choice
+from qwen3_sft.model.fp8 import NO_FP8, Fp8Choice
 from qwen3_sft.options.args import EXPERT_PATCHES, ModelArguments
 
 # Those that multiply in FP8, by name.
 FP8_PATCHES = ("experts_fp8", "experts_fp8_recompute", "linear_fp8")
 
-_NO_FP8 = Fp8Choice()
-
 
 def choose_patches(
-    options: ModelArguments, attention: str, fp8: Fp8Choice = _NO_FP8
+    options: ModelArguments, attention: str, fp8: Fp8Choice = NO_FP8
 ) -> list[Patch | str]:
     """Return the patches to apply, by name where they have no settings.
 

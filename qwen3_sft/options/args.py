@@ -88,6 +88,11 @@ class DataArguments:
         metadata={"help": "where token caches live; default ~/.cache/qwen3_sft/tokens"},
     )
 
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether there will be samples to evaluate on."""
+        return bool(self.eval_dataset or self.eval_fraction)
+
 
 @dataclass
 class ModelArguments:

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 
 from qwen3_sft.errors import UsageError
 from qwen3_sft.options.args import DataArguments, ModelArguments, TrainArguments
+from qwen3_sft.options.draft import TrainDraft
 from qwen3_sft.options.refused_options import REFUSED
 from qwen3_sft.options.secret_options import is_secret
 
@@ -29,41 +30,47 @@ class _Parser(HfArgumentParser):
         raise UsageError(message)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Options:
-    """All options of one run. `train_arguments()` comes last: it joins the process group."""
+    """All options of one run, never changed in place.
+
+    Attributes:
+        model: which model, and what computes it.
+        data: where the conversations come from, and how they become rows.
+        train: all others; `train.arguments()` comes last, it joins the process group.
+        recipe: the file that was named, None without one.
+    """
 
     model: ModelArguments
     data: DataArguments
-    train_values: dict[str, Any]
+    train: TrainDraft
     recipe: str | None
 
     @property
     def output_dir(self) -> Path:
         """The run folder."""
-        return Path(self.train_values["output_dir"])
+        return Path(str(self.train.output_dir))
 
-    def train_arguments(self) -> TrainArguments:
-        """Build the TrainingArguments; this initialises the device and the process group.
+    def replaced(self, **values: Any) -> Options:
+        """Return a copy with other values, whichever of the three they belong to."""
+        parts: dict[str, Any] = {"model": self.model, "data": self.data, "train": self.train}
+        for name, part in parts.items():
+            names = {field.name for field in dataclasses.fields(part)} & values.keys()
+            parts[name] = dataclasses.replace(part, **{key: values.pop(key) for key in names})
+        if values:
+            raise TypeError(f"no options are called {sorted(values)}")
+        return Options(**parts, recipe=self.recipe)
 
-        Raises:
-            UsageError: if transformers or `TrainArguments` refuse a value.
-        """
-        try:
-            return TrainArguments(**self.train_values)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+    def values(self) -> dict[str, Any]:
+        """Return every option by name."""
+        return {**vars(self.model), **vars(self.data), **self.train.values()}
 
     def resolved(self) -> dict[str, Any]:
         """Every option that differs from its default, plus model, data and output: a recipe.
 
         Secrets are left out: give them again, or set HF_TOKEN.
         """
-        values = {
-            **dataclasses.asdict(self.model),
-            **dataclasses.asdict(self.data),
-            **self.train_values,
-        }
+        values = self.values()
         defaults = vars(_parser().parse_args([]))
         for name in ("dry_run", "allow_change", "trust_checkpoint", "stop_after_steps"):
             defaults[name] = values[name]  # how it was called, not part of a recipe
@@ -94,7 +101,7 @@ def parse_options(argv: list[str], *, needs_data: bool = True) -> Options:
     options = Options(
         model=ModelArguments(**_pick(namespace, ModelArguments)),
         data=DataArguments(**_pick(namespace, DataArguments)),
-        train_values=_pick(namespace, TrainArguments),
+        train=TrainDraft(**_pick(namespace, TrainArguments)),
         recipe=pre.config,
     )
     _check(options, needs_data=needs_data)
@@ -235,7 +242,7 @@ def _check(options: Options, *, needs_data: bool) -> None:
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: must be at least 1")
     for name in ("run_name", "project"):
-        value = str(options.train_values[name])
+        value = str(getattr(options.train, name))
         if set(value) & {"/", "\\", "\0"} or value.startswith("."):
             raise UsageError(
                 f"--{name} {value}: a name, not a path, since reporters name files after it; "

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-_CODE_BYTES = {"adamw_torch_8bit": 1.0, "adamw_torch_4bit": 0.5}
-_ADAMW = ("adamw_torch", "adamw_torch_fused")
+from qwen3_sft.optimizers.choice import OptimizerChoice
+
 _SMALLEST, _BLOCK = 4096, 256  # transformers asks for 256 with 4 bits too, torchao's default is 128
 
 # Elements of a slice and bytes of temporaries per element, compiled for a GPU and run eagerly, of
@@ -23,55 +22,6 @@ _SMALLEST, _BLOCK = 4096, 256  # transformers asks for 256 with 4 bits too, torc
 # the same as of what inductor compiles for a CPU.
 _SLICES = {"cuda": (1 << 26, 8), "cpu": (1 << 18, 56)}
 _ADAFACTOR_SLICES = {"cuda": (1 << 26, 8), "cpu": (1 << 20, 29)}
-
-
-@dataclass(frozen=True)
-class OptimizerChoice:
-    """What decides on an optimizer's memory.
-
-    Attributes:
-        optim: value of --optim.
-        optim_args: value of --optim_args, such as `states=fp8,bf16_stochastic_round=True`.
-        in_backward: --optimizer_in_backward.
-    """
-
-    optim: str = "adamw_torch_fused"
-    optim_args: str | None = None
-    in_backward: bool = False
-
-    @property
-    def given(self) -> dict[str, str]:
-        """The pairs of `optim_args`."""
-        pairs = (self.optim_args or "").replace(" ", "").split(",")
-        return {pair.split("=", 1)[0]: pair.split("=", 1)[-1] for pair in pairs if pair}
-
-    @property
-    def is_low_bit(self) -> bool:
-        """Whether it is of torchao's low-bit AdamW family."""
-        return self.optim in _CODE_BYTES
-
-    @property
-    def is_known(self) -> bool:
-        """Whether its states are counted, not assumed to be AdamW's."""
-        return self.optim in (*_CODE_BYTES, *_ADAMW, "adafactor")
-
-    @property
-    def is_sliced(self) -> bool:
-        """Whether it updates a tensor slice by slice."""
-        if self.optim == "adafactor":
-            rounds = self.given.get("bf16_stochastic_round", "").lower() == "true"
-            return self.in_backward or rounds
-        return self.is_low_bit and self.in_backward
-
-    def describe(self) -> str:
-        """Return the words of a plan's row."""
-        if self.optim == "adafactor":
-            return "optimizer (Adafactor, a row and a column of each matrix)"
-        if self.is_low_bit:
-            kind = "fp8" if self.given.get("states") == "fp8" else self.optim.rpartition("_")[2]
-            return f"optimizer (AdamW, two states in {kind})"
-        unknown = "" if self.is_known else f"; --optim {self.optim} is not counted"
-        return f"optimizer (AdamW, two states{unknown})"
 
 
 def state_bytes(
@@ -89,25 +39,23 @@ def state_bytes(
 
 def _of_tensor(shape: tuple[int, ...], choice: OptimizerChoice, weights: torch.dtype) -> int:
     elements = math.prod(shape)
-    if choice.optim == "adafactor":
+    if choice.row.states == "adafactor":
         if len(shape) < 2:
             return 4 * elements
         return 4 * (elements // shape[-1] + elements // shape[-2])
-    if not choice.is_low_bit:
+    if choice.row.states == "adamw":
         return 2 * elements * weights.itemsize
     block = int(choice.given.get("block_size", _BLOCK))
     if elements < _SMALLEST or elements % block:
         # In the backward pass they are kept in float32, see LowBitStep.
         return 2 * elements * (4 if choice.in_backward else weights.itemsize)
-    codes = int(elements * _CODE_BYTES[choice.optim])
+    codes = int(elements * choice.row.code_bytes)
     return 2 * (codes + elements // block * 4) + _tables(choice)
 
 
 def _tables(choice: OptimizerChoice) -> int:
     """Bytes of the two float32 tables that each pair of integer states carries."""
-    if choice.given.get("states") == "fp8":
-        return 0
-    return 2 * 4 * (256 if choice.optim == "adamw_torch_8bit" else 16)
+    return 0 if choice.has_fp8_states else 2 * 4 * choice.row.table
 
 
 def update_bytes(
@@ -132,14 +80,14 @@ def update_bytes(
     sizes = [math.prod(shape) for shape in shapes]
     largest = max(sizes)
     if choice.is_sliced:
-        slices = _ADAFACTOR_SLICES if choice.optim == "adafactor" else _SLICES
+        slices = _ADAFACTOR_SLICES if choice.row.states == "adafactor" else _SLICES
         size, per_element = slices[device]
         return min(largest, size) * per_element
-    if choice.is_low_bit:
+    if choice.row.states == "low_bit":
         return largest * _SLICES["cuda"][1]
-    if choice.optim == "adafactor":
+    if choice.row.states == "adafactor":
         return largest * (8 if weights == torch.float32 else 16)
-    if choice.optim != "adamw_torch":
+    if choice.row.is_fused:
         return 0
     if device == "cpu":
         return 2 * largest * weights.itemsize
@@ -160,5 +108,5 @@ def moved_bytes(
         weights: dtype of the parameters and their gradients.
     """
     states = state_bytes(shapes, choice, weights) / sum(map(math.prod, shapes))
-    reads = 4 if choice.optim == "adafactor" else 2
+    reads = 4 if choice.row.states == "adafactor" else 2
     return (2 + reads) * weights.itemsize + 2 * states

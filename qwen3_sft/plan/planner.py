@@ -20,14 +20,15 @@ from qwen3_sft.errors import UsageError
 from qwen3_sft.model.activation_checkpointing import Policy
 from qwen3_sft.model.loading import weights_dtype
 from qwen3_sft.model.sizes import Sizes
+from qwen3_sft.optimizers.choice import choose_optimizer
 from qwen3_sft.options.args import EXPERT_PATCHES
+from qwen3_sft.options.batch import accumulation_steps
 from qwen3_sft.options.recipe import Options
 from qwen3_sft.plan.activations import ActivationPlan, activation_plan
-from qwen3_sft.plan.optimizer_states import OptimizerChoice, moved_bytes
+from qwen3_sft.plan.optimizer_states import moved_bytes
 from qwen3_sft.plan.plan import Gpu, RunPlan
 from qwen3_sft.plan.step_time import StepTime, step_time
 from qwen3_sft.plan.weights import GIB, Row, memory_plan
-from qwen3_sft.training.arguments import accumulation_steps, optimizer_arguments, optimizer_name
 
 # What `auto` leaves free, of activations and temporaries: those are counted from what operators
 # save, not measured. Weights and states are known to the byte.
@@ -57,7 +58,7 @@ def plan_run(
     """
     env = os.environ if environment is None else environment
     builder = _Builder(model, options, engine, gpu, compute, env)
-    wanted = options.train_values["activation_checkpointing"]
+    wanted: Any = options.train.activation_checkpointing
     count = model.config.get_text_config().num_hidden_layers
     if wanted != "auto":
         return builder.plan({wanted: count})
@@ -69,38 +70,6 @@ def plan_run(
         )
     # Without a GPU there is no memory to fill.
     return builder.plan({"none": count}) if gpu is None else builder.lightest(count, gpu)
-
-
-def plan_here(
-    model: PreTrainedModel,
-    options: Options,
-    engine: Engine,
-    environment: Mapping[str, str] | None = None,
-) -> RunPlan:
-    """Plan a run on this machine; several processes are planned for GPUs, whatever is here.
-
-    Args:
-        model: on the meta device, unpatched.
-        options: of the run; unchanged.
-        engine: what spreads it over processes.
-        environment: what accelerate's launcher sets; the process's own by default.
-
-    Raises:
-        UsageError: as `plan_run`.
-    """
-    has_gpu = torch.cuda.is_available() and not options.train_values["use_cpu"]
-    return plan_run(
-        model, options, engine, Gpu.here() if has_gpu else None,
-        compute_dtype(options, on_gpu=has_gpu or engine.kind != "single"), environment,
-    )  # fmt: skip
-
-
-def compute_dtype(options: Options, *, on_gpu: bool) -> torch.dtype:
-    """Return the dtype of the products: bfloat16 on a GPU unless the options say float32."""
-    is_bf16 = options.model.dtype == "bfloat16" or options.train_values["bf16"]
-    if is_bf16 or (on_gpu and options.model.dtype == "auto"):
-        return torch.bfloat16
-    return torch.float32
 
 
 class _Builder:
@@ -117,14 +86,10 @@ class _Builder:
     ) -> None:
         self.config = model.config.get_text_config()
         self.options, self.engine, self.gpu, self.compute = options, engine, gpu, compute
-        values = options.train_values
         self.processes = int(env.get("WORLD_SIZE", "1"))
         self.weights = weights_dtype(options.model, engine, compute)
-        self.optimizer = OptimizerChoice(
-            optimizer_name(values), optimizer_arguments(options, engine),
-            values["optimizer_in_backward"],
-        )  # fmt: skip
-        self.accumulation = accumulation_steps(values, self.processes)
+        self.optimizer = choose_optimizer(options, engine)
+        self.accumulation = accumulation_steps(options.train, self.processes)
         shards = env.get("PARALLELISM_CONFIG_DP_SHARD_SIZE", "1")
         self.memory = memory_plan(
             model, engine, weights=self.weights, compute=compute, world_size=self.processes,
@@ -140,7 +105,7 @@ class _Builder:
             self.memory = dataclasses.replace(self.memory, rows=(*self.memory.rows, row))
         shapes = [tuple(p.shape) for p in model.parameters()]
         self.moved = moved_bytes(shapes, self.optimizer, self.weights)
-        self.tokens = values["per_device_train_batch_size"] * options.data.max_length
+        self.tokens = options.train.per_device_train_batch_size * options.data.max_length
         self.counts_activations = options.model.experts_implementation in EXPERT_PATCHES
 
     def plan(self, layers: Mapping[Policy, int]) -> RunPlan:
@@ -169,7 +134,7 @@ class _Builder:
             residual_bytes=(self.weights if is_whole else self.compute).itemsize,
             keeps_hidden=self._keeps_hidden(layers),
             chunk_tokens=CHUNK_TOKENS,
-            offload=self.options.train_values["activation_offload"],
+            offload=self.options.train.activation_offload,
         )
 
     def _keeps_hidden(self, layers: Mapping[Policy, int]) -> bool:
@@ -201,16 +166,4 @@ def experts_for(experts: Any, layers: Mapping[Policy, int]) -> Any:
     """
     return (
         "scatter_moe_recompute" if experts == "scatter_moe" and layers.get("selective") else experts
-    )
-
-
-def with_options(options: Options, **values: Any) -> Options:
-    """Return a copy with other values of the model's, the data's or the training's options."""
-    model = {k: values.pop(k) for k in list(values) if hasattr(options.model, k)}
-    data = {k: values.pop(k) for k in list(values) if hasattr(options.data, k)}
-    return Options(
-        model=dataclasses.replace(options.model, **model),
-        data=dataclasses.replace(options.data, **data),
-        train_values={**options.train_values, **values},
-        recipe=options.recipe,
     )

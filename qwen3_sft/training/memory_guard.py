@@ -11,7 +11,7 @@ from torch import nn
 
 from qwen3_sft.checkpoints.folders import step_of
 from qwen3_sft.checkpoints.restore import CheckpointedTrainer
-from qwen3_sft.optimizers.choice import with_states
+from qwen3_sft.optimizers.choice import OptimizerChoice, with_states
 from qwen3_sft.optimizers.in_backward import BackwardOptimizer
 from qwen3_sft.plan.advice import MemorySettings, Stage
 from qwen3_sft.training.memory_warm_up import MemoryWarmUp
@@ -43,7 +43,7 @@ class MemoryTrainer(CheckpointedTrainer):
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
         """Know torchao's AdamWFp8 too."""
         chosen = CheckpointedTrainer.get_optimizer_cls_and_kwargs(args, model)
-        return with_states(args.optim.value, args.optim_args, chosen)
+        return with_states(OptimizerChoice.of(args), chosen)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Have the optimizer step within the backward pass if the run asks for it."""

@@ -168,7 +168,7 @@ def test_default_launch_file_exists(gpus):
 def test_recipe_arrives_unchanged(path):
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     options = recipe_options(path)
-    values = {**vars(options.model), **vars(options.data), **options.train_values}
+    values = options.values()
     assert recipe == {key: values[key] for key in recipe}
     assert Path(recipe["output_dir"]).parts[0] == "runs", "runs/ is what .gitignore covers"
 
@@ -190,8 +190,8 @@ def test_recipe_yields_a_plan(path, caplog, monkeypatch, tmp_path):
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_recipe_is_accepted_by_transformers(path, tmp_path):
     options = recipe_options(path)
-    options.train_values |= {"output_dir": str(tmp_path), "use_cpu": True}
-    args = options.train_arguments()
+    options = options.replaced(output_dir=str(tmp_path), use_cpu=True)
+    args = options.train.arguments()
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps >= 1
 
 

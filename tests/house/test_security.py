@@ -196,7 +196,7 @@ def test_names_are_no_paths(option, name):
 
 
 def test_ordinary_names_are_fine():
-    assert parse_options([*LEAST, "--run_name", "lr 1e-5, v2.1"]).train_values["run_name"]
+    assert parse_options([*LEAST, "--run_name", "lr 1e-5, v2.1"]).train.run_name
 
 
 # ---- secrets ----
@@ -204,7 +204,7 @@ def test_ordinary_names_are_fine():
 
 def test_secrets_are_left_out_of_recipes_and_printed_commands():
     options = parse_options([*LEAST, "--hub_token", HUB_TOKEN])
-    assert options.train_values["hub_token"] == HUB_TOKEN
+    assert options.train.hub_token == HUB_TOKEN
     assert "hub_token" not in options.resolved()
     words = ["python", "--hub_token", HUB_TOKEN, "--hub-token=" + HUB_TOKEN, "--seed", "3"]
     assert masked(words) == ["python", "--hub_token", MASK, f"--hub-token={MASK}", "--seed", "3"]

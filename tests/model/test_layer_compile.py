@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,9 @@ from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import UsageError
 from qwen3_sft.model.activation_checkpointing import enable_checkpointing
 from qwen3_sft.model.layer_compile import check_compile, compile_layers
+from qwen3_sft.options.recipe import parse_options
 from qwen3_sft.packing.collator import PackedCollator
+from qwen3_sft.training.arguments import completed
 from tests.support.oracle import assert_close
 from tests.support.training import make_trainer, weights
 
@@ -244,13 +245,8 @@ def test_code_that_inductor_makes():
 
 
 def options(model: dict[str, Any] | None = None, **values: Any) -> Any:
-    chosen = {
-        "use_liger": None, "experts_implementation": "scatter_moe", "attn_implementation": "auto",
-    } | (model or {})  # fmt: skip
-    defaults = {
-        "torch_compile": True, "activation_checkpointing": "none", "activation_offload": False,
-    }  # fmt: skip
-    return SimpleNamespace(model=SimpleNamespace(**chosen), train_values=defaults | values)
+    least = parse_options(["--model_name_or_path", "m", "--dataset", "d", "--use_cpu", "true"])
+    return least.replaced(torch_compile=True, **(model or {}), **values)
 
 
 @pytest.mark.parametrize(
@@ -268,15 +264,13 @@ def options(model: dict[str, Any] | None = None, **values: Any) -> Any:
 def test_what_does_not_go_together_is_refused(given, engine, message):
     with pytest.raises(UsageError, match=message):
         check_compile(given, Engine(engine))
-    given.train_values["torch_compile"] = False
-    check_compile(given, Engine(engine))
+    check_compile(given.replaced(torch_compile=False), Engine(engine))
 
 
 @pytest.mark.parametrize("engine", ["single", "ddp"])
 def test_the_compiler_takes_the_place_of_liger(engine):
     given = options(activation_checkpointing="full", activation_offload=True)
-    check_compile(given, Engine(engine))
-    assert given.model.use_liger is False
+    assert completed(given, Engine(engine), 1, has_bf16=False).model.use_liger is False
 
 
 def test_cuda_graphs_are_refused():

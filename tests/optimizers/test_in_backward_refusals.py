@@ -7,7 +7,7 @@ from qwen3_sft.errors import UsageError
 from qwen3_sft.optimizers.in_backward import BackwardOptimizer
 from qwen3_sft.optimizers.low_bit_step import LowBitStep
 from qwen3_sft.options.recipe import parse_options
-from qwen3_sft.training.arguments import final_arguments
+from qwen3_sft.training.arguments import completed, final_arguments
 from tests.support.training import make_trainer
 
 
@@ -29,7 +29,8 @@ def test_unknown_optimizers_are_refused():
 def arguments(tmp_path, *words, engine="single"):
     least = ["--model_name_or_path", "m", "--dataset", "d", "--output_dir", str(tmp_path)]
     options = parse_options([*least, "--use_cpu", "true", *words])
-    return final_arguments(options, Engine(engine), has_eval=False)
+    options = completed(options, Engine(engine), 1, has_bf16=False)
+    return final_arguments(options, Engine(engine))
 
 
 def test_the_warning_about_rounding_is_for_those_who_lose_updates(tmp_path, caplog):

@@ -30,7 +30,7 @@ def recipe(tmp_path):
 
 
 def everything(options: Options) -> dict[str, object]:
-    return {**vars(options.model), **vars(options.data), **options.train_values}
+    return options.values()
 
 
 def test_defaults_are_those_of_the_dataclasses():
@@ -125,7 +125,7 @@ def test_command_line_wins(recipe):
     )  # wherever --config stands
     assert (options.data.max_length, options.data.packing) == (128, True)
     assert options.data.dataset == ["rows.jsonl"], "a list is replaced, not extended"
-    assert options.train_values["seed"] == 3
+    assert options.train.seed == 3
     assert options.recipe == path
 
 
@@ -156,7 +156,7 @@ def test_values_of_a_recipe(recipe, line, name, value):
     options = parse_options(["--config", recipe(line + "\n"), *LEAST])
     found = everything(options)[name]
     if name == "lr_scheduler_kwargs":  # transformers parses the JSON later
-        found = options.train_arguments().lr_scheduler_kwargs
+        found = options.train.arguments().lr_scheduler_kwargs
     assert found == value
     assert type(found) is type(value)
 
@@ -249,13 +249,13 @@ def test_refused_options(option, tmp_path):
     value = REFUSED_VALUES[option]
     options = parse_options([*LEAST, "--output_dir", str(tmp_path), f"--{option}", value])
     with pytest.raises(UsageError, match=f"^--{option} .*{REFUSED[option][1][:20]}"):
-        options.train_arguments()
+        options.train.arguments()
 
 
 def test_values_that_transformers_refuses_are_usage_errors(tmp_path):
     argv = [*LEAST, "--output_dir", str(tmp_path), "--lr_scheduler_type", "wavy"]
     with pytest.raises(UsageError, match="wavy"):
-        parse_options(argv).train_arguments()
+        parse_options(argv).train.arguments()
 
 
 @pytest.mark.parametrize(

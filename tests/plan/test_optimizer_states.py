@@ -11,12 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 from qwen3_sft.optimizers import adafactor as adafactor_step
 from qwen3_sft.optimizers import low_bit_step
-from qwen3_sft.optimizers.choice import with_states
+from qwen3_sft.optimizers.choice import OptimizerChoice, with_states
 from qwen3_sft.optimizers.in_backward import BackwardOptimizer
 from qwen3_sft.plan.optimizer_states import (
     _ADAFACTOR_SLICES,
     _SLICES,
-    OptimizerChoice,
     moved_bytes,
     state_bytes,
     update_bytes,
@@ -41,15 +40,15 @@ def make_optimizer(choice: OptimizerChoice, model: nn.Module) -> Any:
     from torchao.optim import AdamW4bit, AdamW8bit
     from transformers.optimization import Adafactor
 
-    if choice.optim == "adafactor":
+    if choice.row.states == "adafactor":
         kind: Any = Adafactor
         kwargs: dict[str, Any] = {"scale_parameter": False, "relative_step": False}
-    elif choice.is_low_bit:
+    elif choice.row.states == "low_bit":
         kind = AdamW4bit if choice.optim.endswith("4bit") else AdamW8bit
         kwargs = {"block_size": 256}
     else:
         kind, kwargs = torch.optim.AdamW, {"fused": choice.optim.endswith("fused")}
-    kind, kwargs = with_states(choice.optim, choice.optim_args, (kind, kwargs))
+    kind, kwargs = with_states(choice, (kind, kwargs))
     return kind(model.parameters(), lr=1e-3, **kwargs)
 
 
@@ -147,7 +146,7 @@ def test_temporaries_of_an_update(choice, dtype):
     expected = update_bytes(shapes, choice, dtype, "cpu")
     assert temporaries <= 1.01 * expected + 2**16
     # What torchao's tensors do inside is not seen: 33 of 56 bytes per element are.
-    assert expected * (0.5 if choice.is_low_bit else 0.99) <= temporaries
+    assert expected * (0.5 if choice.row.states == "low_bit" else 0.99) <= temporaries
 
 
 def test_what_the_30b_keeps():

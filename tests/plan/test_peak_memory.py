@@ -17,10 +17,10 @@ from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.families.known_models import KNOWN_CONFIGS
 from qwen3_sft.model.meta_model import model_on_meta
 from qwen3_sft.optimizers import low_bit_step
+from qwen3_sft.optimizers.choice import OptimizerChoice
 from qwen3_sft.optimizers.in_backward import BackwardOptimizer
 from qwen3_sft.plan import optimizer_states as optimizer_memory
 from qwen3_sft.plan.activations import ActivationPlan, activation_plan
-from qwen3_sft.plan.optimizer_states import OptimizerChoice
 from qwen3_sft.plan.weights import Plan, memory_plan
 from tests.support.fake_step import Allocations, as_on_a_gpu, forward, make_model
 

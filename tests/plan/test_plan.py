@@ -17,9 +17,9 @@ from qwen3_sft.model.meta_model import meta_model
 from qwen3_sft.options.recipe import parse_options
 from qwen3_sft.plan.activations import activation_plan
 from qwen3_sft.plan.plan import Gpu
-from qwen3_sft.plan.planner import experts_for, plan_run, with_options
+from qwen3_sft.plan.planner import experts_for, plan_run
 from qwen3_sft.plan.weights import GIB
-from qwen3_sft.training.arguments import final_arguments
+from qwen3_sft.training.arguments import completed, final_arguments
 from tests.support.source_tree import ROOT
 
 RECIPES = ROOT / "config" / "recipe"
@@ -45,9 +45,11 @@ def model():
 
 def plan_of(model, gpu: Gpu | None = None, **values):
     argv = ["--model_name_or_path", "Qwen/Qwen3-30B-A3B"]
-    options = with_options(
-        parse_options(argv, needs_data=False), dtype="bfloat16", optim="adamw_torch_8bit",
-        optimizer_in_backward=True, activation_checkpointing="auto", **values,
+    options = parse_options(argv, needs_data=False).replaced(
+        **{
+            "dtype": "bfloat16", "optim": "adamw_torch_8bit", "optimizer_in_backward": True,
+            "activation_checkpointing": "auto", **values,
+        }
     )  # fmt: skip
     return plan_run(model, options, Engine("single"), gpu, torch.bfloat16, {})
 
@@ -98,7 +100,8 @@ def test_advice_is_one_that_a_run_takes(rows, tmp_path):
     assert planned(recipe, "--gpus", "1xH200", *more, *nearest)[1] == 0
     words = [*more, *nearest, "--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
     options = parse_options(["--config", recipe, "--dataset", "d", *words])
-    args = final_arguments(options, Engine("single"), has_eval=True)
+    options = completed(options, Engine("single"), 1, has_bf16=False)
+    args = final_arguments(options, Engine("single"))
     assert args.optimizer_in_backward
     assert args.gradient_accumulation_steps == 1
 

@@ -14,7 +14,7 @@ from qwen3_sft.demo.model import tiny_config
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.families.known_models import KNOWN_CONFIGS
 from qwen3_sft.model.meta_model import known_config, meta_model, model_on_meta
-from qwen3_sft.plan.optimizer_states import OptimizerChoice
+from qwen3_sft.optimizers.choice import OptimizerChoice
 from qwen3_sft.plan.weights import GIB, Plan, memory_plan
 from tests.support.source_tree import ROOT
 

@@ -1,15 +1,24 @@
+import os
+
 import pytest
 
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import UsageError
+from qwen3_sft.options.batch import accumulation_steps
+from qwen3_sft.options.draft import TrainDraft
 from qwen3_sft.options.recipe import parse_options
-from qwen3_sft.training.arguments import _check_engine, accumulation_steps, final_arguments
+from qwen3_sft.training.arguments import completed, final_arguments
+
+
+def finished(options, engine):
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return final_arguments(completed(options, engine, processes, has_bf16=False), engine)
 
 
 def arguments(tmp_path, *words, engine="single"):
     least = ["--model_name_or_path", "m", "--dataset", "d", "--output_dir", str(tmp_path)]
     options = parse_options([*least, "--use_cpu", "true", *words])
-    return final_arguments(options, Engine(engine), has_eval=False)
+    return finished(options, Engine(engine))
 
 
 def test_global_batch_size_sets_the_accumulation(tmp_path):
@@ -25,10 +34,10 @@ def test_without_it_the_accumulation_is_as_given(tmp_path):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_step_has_as_many_rows_on_any_number_of_processes(world_size):
-    values = {
-        "global_batch_size": 16, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
-    }  # fmt: skip
-    assert accumulation_steps(values, world_size) * 2 * world_size == 16
+    draft = TrainDraft(
+        global_batch_size=16, per_device_train_batch_size=2, gradient_accumulation_steps=1
+    )
+    assert accumulation_steps(draft, world_size) * 2 * world_size == 16
 
 
 def test_the_rows_of_a_step_are_counted_over_the_processes_of_the_launcher(tmp_path, monkeypatch):
@@ -69,9 +78,9 @@ def test_low_bit_optimizers_are_refused_on_sharded_weights(tmp_path):
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_deepspeed_checkpoints_without_their_weights_are_refused(engine):
     options = parse_options(["--model_name_or_path", "m", "--dataset", "d"])
-    values = options.train_values | {"save_only_model": True}
+    options = options.replaced(save_only_model=True)
     with pytest.raises(UsageError, match="--save_only_model true: DeepSpeed's checkpoints hold"):
-        _check_engine(values, Engine(engine))
+        completed(options, Engine(engine), 1, has_bf16=False)
 
 
 def test_an_optimizer_that_mixes_whole_and_sharded_tensors_is_refused(tmp_path):

@@ -28,12 +28,13 @@ from qwen3_sft.distributed.engine import Engine, detect
 from qwen3_sft.distributed.process_group import join_process_group, leave_process_group
 from qwen3_sft.logs import set_up_logging
 from qwen3_sft.model import loading as model_module
-from qwen3_sft.model.loading import choose_attention, load_model, weights_dtype
+from qwen3_sft.model.attention import choose_attention
+from qwen3_sft.model.loading import load_model, weights_dtype
 from qwen3_sft.model.patches import choose_patches
 from qwen3_sft.options.recipe import Options, parse_options
 from qwen3_sft.packing.collator import PackedCollator
 from qwen3_sft.packing.rows import PackedDataset
-from qwen3_sft.training.arguments import final_arguments
+from qwen3_sft.training.arguments import completed, final_arguments
 from qwen3_sft.training.trainer import SftTrainer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -84,9 +85,9 @@ def measure(job: Job, rank: int) -> dict[str, Any]:
     argv = job.launch.argv(job.checkpoint, job.out(rank).with_suffix(".run"))
     options = parse_options(argv)
     engine = detect(options.model, options.data)
-    values = options.train_values
-    join_process_group(values["dist_timeout_s"], "gloo")
-    args = final_arguments(options, engine, has_eval=False)
+    options = completed(options, engine, job.launch.processes, has_bf16=False)
+    join_process_group(options.train.dist_timeout_s, "gloo")
+    args = final_arguments(options, engine)
     _warm_up(engine)
     with PeakMemory() as loading:
         model = _load(options, engine, job.checkpoint, args)

@@ -29,11 +29,10 @@ from transformers import PrinterCallback, TrainerCallback
 import monkey_patch
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.hardware import device_info, memory_stats
-from qwen3_sft.model.layer_compile import check_compile
 from qwen3_sft.options.args import ModelArguments, TrainArguments
 from qwen3_sft.options.recipe import parse_options
 from qwen3_sft.packing.rows import PackedDataset
-from qwen3_sft.training.arguments import final_arguments
+from qwen3_sft.training.arguments import completed, final_arguments
 from qwen3_sft.training.metrics import StepLines
 from qwen3_sft.training.trainer import SftTrainer
 
@@ -138,9 +137,9 @@ def resolve(options: StepOptions, folder: Path) -> tuple[TrainArguments, ModelAr
         "memory_warm_up": False,  # it would be the peak of a batch that is not among the counted
     }  # fmt: skip
     argv = [w for k, v in words.items() if v is not None for w in (f"--{k}", str(v))]
-    parsed, engine = parse_options(argv), Engine("single")
-    check_compile(parsed, engine)
-    args = final_arguments(parsed, engine, has_eval=False)
+    engine = Engine("single")
+    parsed = completed(parse_options(argv), engine, 1, has_bf16=False)
+    args = final_arguments(parsed, engine)
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type == "cuda"
     return args, parsed.model
 

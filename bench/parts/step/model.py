@@ -22,9 +22,9 @@ from qwen3_sft.demo.model import tiny_config
 from qwen3_sft.errors import ModelError
 from qwen3_sft.families.known_models import KNOWN_CONFIGS
 from qwen3_sft.model.activation_checkpointing import enable_checkpointing
+from qwen3_sft.model.attention import choose_attention
 from qwen3_sft.model.fp8 import choose_fp8
 from qwen3_sft.model.layer_compile import compile_layers
-from qwen3_sft.model.loading import choose_attention
 from qwen3_sft.model.patches import choose_patches
 from qwen3_sft.options.args import EXPERT_PATCHES, ModelArguments, TrainArguments
 from qwen3_sft.plan.planner import experts_for
