@@ -22,9 +22,8 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from qwen3_sft.checkpoints.held_state import local_part
 from qwen3_sft.checkpoints.ledger import Ledger
-from qwen3_sft.checkpoints.state_tensors import plain_name
+from qwen3_sft.checkpoints.state_tensors import local_part, plain_name
 from qwen3_sft.distributed.rank_zero import process_rank
 from qwen3_sft.errors import CheckpointError
 from qwen3_sft.model.loading import load_strict

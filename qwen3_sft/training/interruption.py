@@ -12,8 +12,12 @@ what it saves does not resume exactly with dropout (transformers 5.23, `JITCheck
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -21,12 +25,12 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState
 
 from qwen3_sft.distributed.rank_zero import on_first_rank
-from qwen3_sft.errors import INTERRUPTED, SIGNALS, Interrupted
+from qwen3_sft.errors import DONE, INTERRUPTED, SIGNALS, Interrupted
 from qwen3_sft.records.run_folder import RunFolder
-from qwen3_sft.training.data_workers import let_workers_outlive_signals
 from qwen3_sft.training.memory_guard import MemoryTrainer
 
 logger = logging.getLogger(__name__)
@@ -233,3 +237,32 @@ def _write(folder: RunFolder, record: dict[str, Any]) -> None:
         folder.write_json(folder.interrupted.name, record)
     except OSError as error:  # the checkpoint is written, this is only a note
         logger.warning("%s: %s", folder.interrupted, error)
+
+
+def let_workers_outlive_signals(loader: DataLoader) -> None:
+    """Have all workers that the loader starts from now on end with its process's word alone."""
+    if loader.num_workers:
+        loader.worker_init_fn = partial(_obey_parent, loader.worker_init_fn)
+        loader._get_iterator = partial(_start_deaf, loader._get_iterator)
+
+
+def _start_deaf(get_iterator: Callable[[], Any]) -> Any:
+    """Start workers that hear no signal from their first moment on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return get_iterator()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _obey_parent(init: Callable[[int], None] | None, worker_id: int) -> None:
+    """Begin to listen to the parent, which terminates workers that do not end; in the worker."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+    if init is not None:
+        init(worker_id)
+
+
+def _wait_for_parent() -> None:
+    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+        pass
+    os._exit(DONE)

@@ -15,9 +15,9 @@ from qwen3_sft.checkpoints import ledger as hashed_files
 from qwen3_sft.checkpoints.finite import refuse_non_finite
 from qwen3_sft.checkpoints.folders import newest_verified
 from qwen3_sft.checkpoints.free_space import bytes_to_save, refuse_full_disk
-from qwen3_sft.checkpoints.held_state import model_tensors, optimizer_tensors, plain_tensors
 from qwen3_sft.checkpoints.hub_writer import write_hub_model
 from qwen3_sft.checkpoints.manifest import MANIFEST, verify
+from qwen3_sft.checkpoints.state_tensors import model_tensors, optimizer_tensors, plain_tensors
 from qwen3_sft.errors import CheckpointError
 from tests.support.training import make_trainer
 

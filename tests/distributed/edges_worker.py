@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from qwen3_sft import run
-from qwen3_sft.checkpoints.held_state import local_part
 from qwen3_sft.checkpoints.ledger import Ledger
+from qwen3_sft.checkpoints.state_tensors import local_part
 from qwen3_sft.training.trainer import SftTrainer
 from tests.distributed import worker
 

@@ -152,7 +152,7 @@ def test_fsdp2_subclasses_the_module_and_marks_it(one_process):
     assert type(module).__mro__[2] is Router, "monkey_patch/core.py: class_name"
     assert class_name(module) == "Router"
     assert type(module).forward is nn.Linear.forward, "monkey_patch/linear_cross_entropy.py"
-    assert isinstance(module.weight, DTensor), "qwen3_sft/checkpoints/held_state.py: local_part"
+    assert isinstance(module.weight, DTensor), "qwen3_sft/checkpoints/state_tensors.py: local_part"
     assert is_fsdp_managed_module(module), (
         "qwen3_sft/training/completions.py: ranks may stop generating at different tokens"
     )
