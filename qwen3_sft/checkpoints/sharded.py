@@ -57,6 +57,8 @@ def save_weights(model: Any, folder: Path, ledger: Ledger) -> None:
 
     As transformers' `_save_model_checkpoint_distributed`, which fails on accelerate's tied weights:
     safetensors writes no memory twice. They are written under both names, and load so.
+
+    Remove when transformers saves tied DTensors: the copies that are made of them here
     """
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
