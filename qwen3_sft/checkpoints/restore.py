@@ -24,12 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def restore_weights(model: Any, folder: Path, layout: str) -> None:
-    """Restore the weights of a verified checkpoint strictly; collective.
-
-    Args:
-        model: unwrapped, held by an engine other than DeepSpeed, which loads all it has at once.
-        folder: the checkpoint.
-        layout: of the engine.
+    """Restore the weights of a verified checkpoint, not DeepSpeed's, strictly; collective.
 
     Raises:
         CheckpointError: the live model has other parameters than the files.
@@ -78,7 +73,7 @@ def verified_best(state: TrainerState, output_dir: Path, *, trusted: bool) -> Pa
     """Return the best checkpoint, verified and without foreign code; collective.
 
     Args:
-        state: names it; made to name its place in this run's folder.
+        state: names it, and is told its place in this run's folder.
         output_dir: of the run.
         trusted: load it although loading might run code (`--trust_checkpoint`).
 

@@ -41,11 +41,9 @@ def rows_per_step(args: Any) -> int:
 
 @contextmanager
 def let_sharded_models_save(args: Any, engine: Engine) -> Iterator[None]:
-    """Have upstream's Trainer take arguments that it refuses and this project can serve.
+    """Build a Trainer inside: upstream's refuses a DTensors' save that this project can do.
 
-    It refuses to save a model sharded at load with its optimizer, and one sharded by accelerate
-    without it.
-
+    With its optimizer if the model is sharded at load, without it if accelerate shards it.
     Remove when transformers saves a model sharded at load with its optimizer: this function
     """
     save_only_model = args.save_only_model
@@ -61,14 +59,7 @@ class CheckpointSaver:
     def __init__(
         self, args: Any, engine: Engine, run_facts: dict[str, Any], totals: Totals
     ) -> None:
-        """Write nothing yet.
-
-        Args:
-            args: of the training.
-            engine: what spreads the run over processes.
-            run_facts: data key, chat format, versions and the like, for every manifest.
-            totals: counted on by others.
-        """
+        """Write nothing yet; every manifest will have `run_facts` and `totals` as they are then."""
         self.folder = Path(str(args.output_dir))
         self._staging = self.folder / STAGING
         self._args, self._engine = args, engine

@@ -21,6 +21,7 @@ from qwen3_sft.checkpoints.hub_writer import write_hub_model
 from qwen3_sft.checkpoints.ledger import Ledger
 
 # What a full or failing disk raises; torch.save a RuntimeError that names this file of torch.
+# Remove when torch.save raises an OSError for a full disk: RuntimeError and _TORCH_WRITER
 _WRITE_FAILURES = (OSError, CheckpointException, RuntimeError)
 _TORCH_WRITER = "inline_container"
 
@@ -30,12 +31,7 @@ def write_weights(
 ) -> None:
     """Write the weights as the engine's layout wants them; ZeRO's come with its optimizer.
 
-    Args:
-        model: unwrapped.
-        folder: where to.
-        ledger: of the save.
-        layout: of the engine.
-        fsdp_plugin: accelerate's, if it shards the model; decides whether shards are gathered.
+    Accelerate's `fsdp_plugin`, if it shards the model, says whether shards are gathered.
     """
     if layout == "whole":
         write_hub_model(model, folder, ledger=ledger)
@@ -69,18 +65,9 @@ def write_states(
     model: Any, optimizer: Any, scheduler: Any, folder: Path, ledger: Ledger, layout: str,
     *, is_first: bool,
 ) -> None:  # fmt: skip
-    """Write optimizer and schedule, unless they are DeepSpeed's (`deepspeed_into`).
+    """Write torch's optimizer and the schedule; DeepSpeed's are written by `deepspeed_into`.
 
     Remove when transformers saves every shard of a model sharded at load: save_optimizer here
-
-    Args:
-        model: unwrapped.
-        optimizer: torch's own, below accelerate's wrapper.
-        scheduler: of the learning rate.
-        folder: where to.
-        ledger: of the save.
-        layout: of the engine; "dtensor" makes this collective.
-        is_first: whether this process writes what all have.
     """
     if layout == "dtensor":
         sharded.save_optimizer(model, optimizer, folder, ledger)

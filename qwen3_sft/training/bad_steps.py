@@ -1,4 +1,7 @@
-"""A step whose loss or gradient is NaN or Inf changes nothing; too many in a row end the run."""
+"""A step whose loss or gradient is NaN or Inf changes nothing; too many in a row end the run.
+
+Remove when transformers leaves out the update of a step that is not finite: BadSteps
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,7 @@ class BadSteps:
     """Counts them; asked before the update of each step."""
 
     def __init__(self, totals: Totals, allowed: int) -> None:
-        """Begin with none in a row.
-
-        Args:
-            totals: counts them over the whole run.
-            allowed: so many in a row end the run (`--max_bad_steps`).
-        """
+        """Begin with none in a row; so many as are allowed (`--max_bad_steps`) end the run."""
         self._totals, self._allowed, self._in_a_row = totals, allowed, 0
 
     def check(
@@ -34,10 +32,10 @@ class BadSteps:
 
         Args:
             model: has the step's gradients.
-            step: that would be done next, counted from 1.
-            loss: of the step, over all ranks.
-            norm: of its gradients, over all ranks.
-            left_out: with an optimizer in the backward pass, the weights that it did not update.
+            step: counted from 1.
+            loss: of the step over all ranks.
+            norm: of its gradients over all ranks.
+            left_out: weights not updated by an optimizer in the backward pass, if it is one.
 
         Raises:
             NonFiniteError: so many in a row are not allowed.

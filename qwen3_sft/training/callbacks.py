@@ -63,10 +63,7 @@ class StartCallback(TrainerCallback):
         """Remember the data, what fills its rows, and the engine's layout."""
         self.rows, self.pad_token_id, self.layout = rows, pad_token_id, layout
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: Any, *, model: Any = None,
-        optimizer: Any = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Check on every rank: where weights are sharded a forward is collective.
 
         Raises:
@@ -74,9 +71,9 @@ class StartCallback(TrainerCallback):
             LeakError: documents see each other.
         """
         if self.layout != "zero":  # DeepSpeed's holds flat copies
-            check_optimizer(model, optimizer)
+            check_optimizer(kwargs["model"], kwargs["optimizer"])
         report = check_isolation(
-            model, self.rows[0], self.rows.max_length, self.pad_token_id,
+            kwargs["model"], self.rows[0], self.rows.max_length, self.pad_token_id,
             autocast=torch.bfloat16 if args.bf16 else None,
         )  # fmt: skip
         logger.info("%s", report)

@@ -127,7 +127,7 @@ class CompletionCallback(TrainerCallback):
         if state.global_step == self._last_step:
             return
         self._last_step = state.global_step
-        with self.metrics.pause():
+        with self.metrics.window.pause():
             answers = complete(model, self.tokenizer, self.prompts, self.max_new_tokens)
         for prompt, answer in zip(self.prompts, answers, strict=True):
             if self.lines is None:

@@ -2,13 +2,14 @@
 
 It is the sum of cross entropy over labelled tokens divided by their number over all ranks, in
 training of the whole step with its accumulation; no micro-batch waits for the device.
+
+Remove when transformers evaluates by the loss per label: loss_sums and SftTrainer.evaluate
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,12 +28,7 @@ class StepLoss:
     """
 
     def __init__(self, args: Any, metrics: Metrics) -> None:
-        """Begin with no step.
-
-        Args:
-            args: of the training.
-            metrics: counts what is computed.
-        """
+        """Begin with no step; `metrics` counts what is computed."""
         self._args, self._metrics = args, metrics
         self.total = torch.zeros((), device=args.device)
         self._tokens = torch.ones((), device=args.device)
@@ -54,12 +50,7 @@ class StepLoss:
     def add(
         self, model: nn.Module, inputs: dict[str, Any], label_tokens: Tensor | int | None
     ) -> tuple[Tensor, Any, float]:
-        """Compute one micro-batch.
-
-        Args:
-            model: as it is called in training.
-            inputs: of `PackedCollator`; what is not the model's is taken out.
-            label_tokens: of the whole step, as `draw` has returned them.
+        """Compute one micro-batch of a step that has so many labels.
 
         Returns:
             This rank's share of the step's loss, times the ranks that DDP averages over; the
@@ -77,17 +68,6 @@ class StepLoss:
         loss = outputs.loss * scale
         self.total += loss.detach()
         return loss, outputs, flops
-
-    @contextmanager
-    def counting_nothing(self) -> Iterator[None]:
-        """Leave the sums as they are, and what is counted, whatever is computed inside."""
-        kept = self.total, self._tokens
-        self.total = torch.zeros_like(self.total)
-        try:
-            with self._metrics.counting_nothing():
-                yield
-        finally:
-            self.total, self._tokens = kept
 
 
 def loss_sums(trainer: Any, batches: Iterable[dict[str, Any]]) -> Tensor:

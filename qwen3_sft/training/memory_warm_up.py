@@ -111,7 +111,8 @@ def exercise_memory(trainer: Any) -> None:
         logger.info("memory warm-up: left out, the optimizer has states already")
         return
     rehearsal = nullcontext() if fused is None else fused.rehearsal()
-    with _same_random_numbers(), _counting_nothing(trainer), _learning_rate_zero(optimizer):
+    counted = trainer.current_flos  # all else is counted anew from the first step on
+    with _same_random_numbers(), _learning_rate_zero(optimizer):
         with rehearsal:
             if can_step:
                 _exercise_optimizer(trainer, optimizer)
@@ -123,6 +124,9 @@ def exercise_memory(trainer: Any) -> None:
                 peak.after("evaluation")
         if can_step:
             zero_states(optimizer)
+    trainer.current_flos = counted
+    if trainer.metrics.router_statistics is not None:
+        trainer.metrics.router_statistics.drain()
     without = "" if can_step else f", without the update of {type(optimizer).__name__}"
     logger.info("memory warm-up: %s; %.1f s%s", peak, time.perf_counter() - began, without)
 
@@ -243,17 +247,6 @@ def _same_random_numbers() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-@contextmanager
-def _counting_nothing(trainer: Any) -> Iterator[None]:
-    """Leave counters and sums as they are, whatever is computed inside."""
-    kept = trainer.current_flos
-    try:
-        with trainer.step_loss.counting_nothing():
-            yield
-    finally:
-        trainer.current_flos = kept
 
 
 @contextmanager

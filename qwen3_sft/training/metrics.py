@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ class Metrics:
         Args:
             args: of the training.
             config: of the model.
-            router_statistics: see above.
+            router_statistics: as above.
             peak_flops: dense FLOP/s of the device in the compute dtype, None if unknown.
             file: where records go; None on ranks other than 0.
         """
@@ -150,28 +150,11 @@ class Metrics:
     def count(self, stats: BatchStats) -> float:
         """Count one micro-batch; return the FLOPs of training on it."""
         flops = train_flops(
-            self._model_flops,
-            tokens=stats.tokens,
-            label_tokens=stats.label_tokens,
+            self._model_flops, tokens=stats.tokens, label_tokens=stats.label_tokens,
             sum_length_squared=stats.sum_length_squared,
-        )
+        )  # fmt: skip
         self.window.add(stats, flops)
         return flops
-
-    @contextmanager
-    def counting_nothing(self) -> Iterator[None]:
-        """Leave all counts as they are, whatever is computed inside."""
-        kept, self.window = self.window, Window()
-        try:
-            yield
-        finally:
-            self.window = kept
-            if self.router_statistics is not None:
-                self.router_statistics.drain()
-
-    def pause(self) -> AbstractContextManager[None]:
-        """Leave the time spent inside out of the step time."""
-        return self.window.pause()
 
     def record(
         self,
@@ -182,16 +165,7 @@ class Metrics:
     ) -> dict[str, Any]:
         """Add efficiency and health to what the Trainer logs, write it and begin a new window.
 
-        Collective.
-
-        Args:
-            logs: of the steps since the last record: loss, gradient norm, learning rate.
-            state: of the training.
-            memory: of this device.
-            lost_updates: how much of the updates survives rounding; empty if not measured.
-
-        Returns:
-            The record without what is unknown.
+        Collective. What is unknown is left out of what is returned.
         """
         steps, self._last_step = state.global_step - self._last_step, state.global_step
         seconds = self.window.seconds()

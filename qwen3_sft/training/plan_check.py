@@ -84,10 +84,7 @@ class PlanCheck(TrainerCallback):
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             self._gradients = sum(map(tensor_bytes, gradients))
 
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: Any, *, model: Any = None,
-        optimizer: Any = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Take the time and, after the last step, compare."""
         if self._began is None:
             return
@@ -97,9 +94,9 @@ class PlanCheck(TrainerCallback):
         self._seconds += time.perf_counter() - began
         self._began = None
         if state.global_step - self._first == self.steps and state.is_world_process_zero:
-            self._report(state.global_step, model, optimizer, args.device)
+            self._report(state.global_step, args.device, kwargs["model"], kwargs["optimizer"])
 
-    def _report(self, step: int, model: nn.Module, optimizer: Any, device: torch.device) -> None:
+    def _report(self, step: int, device: torch.device, model: nn.Module, optimizer: Any) -> None:
         measured = {"weights": weights_bytes(model)}
         if self._gradients is not None:
             measured["gradients"] = self._gradients

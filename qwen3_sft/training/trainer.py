@@ -204,7 +204,7 @@ class SftTrainer(Trainer):
     ) -> dict[str, float]:
         """Return the exact loss per label; upstream's mean of means weighs tokens unequally."""
         prefix, step = metric_key_prefix, self.state.global_step
-        with self.memory_guard.naming("evaluation"), self.metrics.pause():
+        with self.memory_guard.naming("evaluation"), self.metrics.window.pause():
             batches = self.get_eval_dataloader(cast("Dataset | None", eval_dataset))
             loss_sum, num_labels = sum_over_ranks(loss_sums(self, batches)).tolist()
             loss = loss_sum / max(num_labels, 1)
@@ -226,7 +226,7 @@ class SftTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Let upstream write aside, then seal, publish and only then rotate."""
         upstream = partial(super()._save_checkpoint, model, trial)
-        with self.metrics.pause():
+        with self.metrics.window.pause():
             self.saver.save(upstream, self.model, self.optimizer, self.state)
 
     def _get_output_dir(self, trial: Any) -> str:
