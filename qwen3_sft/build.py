@@ -25,7 +25,7 @@ from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import UsageError
 from qwen3_sft.hardware import device_info
 from qwen3_sft.model.activation_checkpointing import enable_checkpointing
-from qwen3_sft.model.layer_compile import RecompileWatch, compile_layers
+from qwen3_sft.model.layer_compile import compile_layers
 from qwen3_sft.options.args import DataArguments, TrainArguments
 from qwen3_sft.options.batch import rows_per_step
 from qwen3_sft.packing.collator import PackedCollator
@@ -34,7 +34,7 @@ from qwen3_sft.plan.plan import RunPlan
 from qwen3_sft.records.run_folder import RunFolder, versions
 from qwen3_sft.training.callbacks import EarlyStopping, EpochCallback, StartCallback, StopAfter
 from qwen3_sft.training.completions import CompletionCallback, pick_prompts
-from qwen3_sft.training.metrics import StepLines
+from qwen3_sft.training.metrics import Metrics, StepLines
 from qwen3_sft.training.plan_check import PlanCheck
 from qwen3_sft.training.reporters import guard_reporters
 from qwen3_sft.training.trainer import SftTrainer
@@ -97,6 +97,10 @@ def build_trainer(
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type == "cuda"
     first = args.process_index == 0
     resume_step = None if decisions.checkpoint is None else step_of(decisions.checkpoint)
+    metrics = Metrics(
+        args, model.config, router_statistics=statistics, peak_flops=_peak_flops(args, model),
+        file=StepLines(folder.metrics, resume_step) if first else None,
+    )  # fmt: skip
     trainer = SftTrainer(
         model=model,
         args=args,
@@ -104,20 +108,15 @@ def build_trainer(
         data_collator=PackedCollator(data.max_length, tokens.tokenizer.pad_token_id),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        callbacks=_callbacks(args, train_rows, tokens, data, folder, resume_step, plan),
-        router_statistics=statistics,
-        peak_flops=_peak_flops(args, model),
-        metrics_file=StepLines(folder.metrics, resume_step) if first else None,
-        run_facts={"identity": decisions.identity, "versions": versions()},
+        callbacks=_callbacks(args, train_rows, tokens, data, folder, resume_step, plan, metrics),
         engine=engine,
+        metrics=metrics,
+        run_facts={"identity": decisions.identity, "versions": versions()},
     )
     _check_engine(trainer, engine)
     _shape_layers(trainer, plan)
     trainer.remove_callback(PrinterCallback)
     guard_reporters(trainer.callback_handler.callbacks)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, CompletionCallback | StartCallback | PlanCheck):
-            callback.trainer = trainer
     return trainer
 
 
@@ -129,8 +128,6 @@ def _shape_layers(trainer: SftTrainer, plan: RunPlan) -> None:
     enable_checkpointing(trainer.model, plan.layers, offload=args.activation_offload)
     if args.compiles_layers:
         compile_layers(trainer.model)
-        trainer.recompile_watch = RecompileWatch()
-        trainer.add_callback(trainer.recompile_watch)
 
 
 def _pack(
@@ -165,14 +162,17 @@ def _callbacks(
     folder: RunFolder,
     resume_step: int | None,
     plan: RunPlan,
+    metrics: Metrics,
 ) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [
         EpochCallback(train_rows),
-        StartCallback(data.max_length, tokens.tokenizer.pad_token_id),
+        StartCallback(train_rows, tokens.tokenizer.pad_token_id, plan.engine.layout),
         PlanCheck(
             plan.components(),
             None if plan.expected is None else plan.expected.tokens_per_second,
             partial(folder.write_json, "plan_check.json"),
+            metrics,
+            plan.engine.layout,
         ),
     ]  # fmt: skip
     if args.stop_after_steps is not None:
@@ -185,7 +185,7 @@ def _callbacks(
         callbacks.append(
             CompletionCallback(
                 StepLines(folder.samples, resume_step) if first else None, prompts,
-                tokens.tokenizer, args.sample_max_new_tokens, resume_step,
+                tokens.tokenizer, args.sample_max_new_tokens, resume_step, metrics,
             )
         )  # fmt: skip
     return callbacks
@@ -211,6 +211,8 @@ def set_fsdp_precision(plugin: Any) -> None:
 
     Accelerate's policy for bf16 reduces in bfloat16 and casts what the model returns to it, the
     loss included (`FullyShardedDataParallelPlugin.set_mixed_precision`, accelerate 1.15).
+
+    Remove when accelerate sums FSDP's gradients in float32 and leaves outputs uncast: this function
     """
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qwen3_sft.checkpoints.held_state import model_tensors, optimizer_tensors, plain_tensors
+from qwen3_sft.checkpoints.state_tensors import model_tensors, optimizer_tensors, plain_tensors
 from qwen3_sft.errors import CheckpointError
 
 _SLICE = 1 << 26  # elements of a float8 tensor that are looked at together

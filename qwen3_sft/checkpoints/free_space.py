@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qwen3_sft.checkpoints.held_state import model_tensors, optimizer_tensors, plain_tensors
+from qwen3_sft.checkpoints.state_tensors import model_tensors, optimizer_tensors, plain_tensors
 from qwen3_sft.distributed.rank_zero import process_rank
 from qwen3_sft.errors import CheckpointError
 

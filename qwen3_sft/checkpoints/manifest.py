@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +20,19 @@ from qwen3_sft.errors import CheckpointError
 MANIFEST = "manifest.json"
 
 _THREADS = 8  # xxhash and reads release the GIL; more do not help one disk
+
+
+@dataclass
+class Totals:
+    """What a run has counted since its first step beside transformers' state; in every manifest.
+
+    Attributes:
+        skipped_steps: whose loss or gradient was not finite.
+        tokens_seen: of all ranks, padding left out, up to the last record.
+    """
+
+    skipped_steps: int = 0
+    tokens_seen: int = 0
 
 
 def seal(folder: Path, entries: Mapping[str, Entry], **facts: Any) -> None:

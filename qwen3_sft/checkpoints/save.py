@@ -1,4 +1,4 @@
-"""The Trainer's saving: written aside, hashed on the way, sealed, renamed; only then rotated.
+"""Saving a checkpoint: written aside, hashed on the way, sealed, renamed; only then rotated.
 
 Each process writes through its `Ledger`; rank 0 collects what they wrote, adds the small files that
 upstream's code writes by itself, and publishes. Ranks agree on failures where all of them are at
@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import logging
 import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qwen3_sft.checkpoints.finite import refuse_non_finite
 from qwen3_sft.checkpoints.folders import STAGING, clear_leftovers, publish
 from qwen3_sft.checkpoints.free_space import bytes_to_save, refuse_full_disk
 from qwen3_sft.checkpoints.ledger import Entry, Ledger
-from qwen3_sft.checkpoints.manifest import seal
+from qwen3_sft.checkpoints.manifest import Totals, seal
 from qwen3_sft.checkpoints.rotation import rotate
-from qwen3_sft.checkpoints.write import WritingTrainer, noting
+from qwen3_sft.checkpoints.write import noting
+from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.distributed.rank_zero import RankZero
 from qwen3_sft.errors import CheckpointError
 from qwen3_sft.options.batch import rows_per_step
@@ -31,66 +35,104 @@ from qwen3_sft.options.batch import rows_per_step
 logger = logging.getLogger(__name__)
 
 
-class SavingTrainer(WritingTrainer):
-    """Trainer whose checkpoints are published whole or not at all, on every engine."""
+@contextmanager
+def let_sharded_models_save(args: Any, engine: Engine) -> Iterator[None]:
+    """Build a Trainer inside: upstream's refuses a DTensors' save that this project can do.
 
-    def pause_metrics(self) -> AbstractContextManager[None]:
-        """Leave the time spent inside out of the step time."""
-        raise NotImplementedError
+    With its optimizer if the model is sharded at load, without it if accelerate shards it.
+    Remove when transformers saves a model sharded at load with its optimizer: this function
+    """
+    save_only_model = args.save_only_model
+    if engine.layout == "dtensor":
+        args.save_only_model = engine.kind == "native"
+    yield
+    args.save_only_model = save_only_model
+
+
+class CheckpointSaver:
+    """Publishes checkpoints whole or not at all, on every engine."""
+
+    def __init__(
+        self, args: Any, engine: Engine, run_facts: dict[str, Any], totals: Totals
+    ) -> None:
+        """Write nothing yet; every manifest will have `run_facts` and `totals` as they are then."""
+        self.folder = Path(str(args.output_dir))
+        self._staging = self.folder / STAGING
+        self._args, self._engine = args, engine
+        self._run_facts, self._totals = run_facts, totals
+        self._ledger: Ledger | None = None  # of the save that is going on
 
     @property
-    def _staging(self) -> Path:
-        return self._output_dir / STAGING
+    def folder_now(self) -> Path:
+        """Where upstream's code has to write: while a checkpoint is saved the staging folder."""
+        return self.folder if self._ledger is None else self._staging
 
-    def _get_output_dir(self, trial: Any) -> str:
-        """While a checkpoint is being written, point upstream's code at the staging folder."""
-        return str(self._output_dir if self._ledger is None else self._staging)
+    @contextmanager
+    def ledger(self, folder: Path) -> Iterator[Ledger]:
+        """Give the ledger of the save that is going on, or one of its own for this folder.
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Let upstream write aside, then seal, publish and only then rotate.
+        Raises:
+            OSError: outside of a save, what the disk has refused.
+        """
+        ledger = self._ledger or Ledger(folder)
+        yield ledger
+        if self._ledger is None and ledger.error is not None:
+            raise ledger.error
+
+    def save(
+        self, write: Callable[[], None], model: nn.Module, optimizer: Any, state: TrainerState
+    ) -> None:
+        """Have a checkpoint written aside, then seal, publish and only then rotate; collective.
+
+        Args:
+            write: writes all its parts below `folder_now`, through `ledger`.
+            model: unwrapped, held by any engine.
+            optimizer: of the model.
+            state: of the training; told where its best checkpoint lies.
 
         Raises:
             CheckpointError: a tensor is NaN or Inf, the disk has no room, or a file cannot be
                 written.
         """
-        with self.pause_metrics():
-            step = self.state.global_step
-            name = f"checkpoint-{step}"
-            failed = f"step {step}: no checkpoint was written, earlier ones are whole"
-            rank0 = RankZero(failed, raises=CheckpointError)
-            needed = self._prepare(rank0)
-            ledger = self._ledger = Ledger(self._staging / name)
-            try:
-                with noting(ledger):
-                    super()._save_checkpoint(model, trial)
-            finally:
-                self._ledger = None
-            self._point_best_at(name)
-            saved = _gather((ledger.entries, ledger.failure))
-            rank0.do(self._finish_save, name, saved, f"{failed}: it takes about {needed} bytes")
-            rank0.agree()
-            logger.info("step %d  saved %s", step, self._output_dir / name)
+        step = state.global_step
+        name = f"checkpoint-{step}"
+        failed = f"step {step}: no checkpoint was written, earlier ones are whole"
+        rank0 = RankZero(failed, raises=CheckpointError)
+        needed = self._prepare(rank0, model, optimizer, step)
+        ledger = self._ledger = Ledger(self._staging / name)
+        try:
+            with noting(ledger):
+                write()
+        finally:
+            self._ledger = None
+        self._point_best_at(name, state)
+        saved = _gather((ledger.entries, ledger.failure))
+        rank0.do(self._finish, name, state, saved, f"{failed}: it takes about {needed} bytes")
+        rank0.agree()
+        logger.info("step %d  saved %s", step, self.folder / name)
 
-    def _prepare(self, rank0: RankZero) -> int:
+    def _prepare(self, rank0: RankZero, model: nn.Module, optimizer: Any, step: int) -> int:
         """Refuse what should not or cannot be saved; return about how many bytes a save takes."""
-        optimizer = None if self.args.save_only_model else self.optimizer
-        device = self.args.device
-        refuse_non_finite(self.model, self.state.global_step, optimizer, device)
-        needed = bytes_to_save(self.model, optimizer, self.engine.layout, device)
+        saved = None if self._args.save_only_model else optimizer
+        device = self._args.device
+        refuse_non_finite(model, step, saved, device)
+        needed = bytes_to_save(model, saved, self._engine.layout, device)
 
         def make_room() -> None:
-            self._output_dir.mkdir(parents=True, exist_ok=True)
-            clear_leftovers(self._output_dir)
-            refuse_full_disk(self._output_dir, needed)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(self.folder)
+            refuse_full_disk(self.folder, needed)
             self._staging.mkdir()
 
         rank0.do(make_room)
         rank0.agree()
-        if self.engine.layout != "whole":
+        if self._engine.layout != "whole":
             _refuse_private_folder(self._staging)
         return needed
 
-    def _finish_save(self, name: str, saved: list[tuple[dict, str | None]], failed: str) -> None:
+    def _finish(
+        self, name: str, state: TrainerState, saved: list[tuple[dict, str | None]], failed: str
+    ) -> None:
         """Publish what all ranks have written, then make room; rank 0's part.
 
         Raises:
@@ -100,22 +142,22 @@ class SavingTrainer(WritingTrainer):
             for rank, (_, failure) in enumerate(saved):
                 if failure is not None:
                     shutil.rmtree(self._staging, ignore_errors=True)
-                    free = shutil.disk_usage(self._output_dir).free
+                    free = shutil.disk_usage(self.folder).free
                     raise CheckpointError(
-                        f"{failed}, {free} are free in {self._output_dir}; rank {rank}: {failure}"
+                        f"{failed}, {free} are free in {self.folder}; rank {rank}: {failure}"
                     )
             entries = self._entries(name, [entries for entries, _ in saved])
-            self._publish(self._staging, name, entries)
+            self._publish(name, state, entries)
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
         rotate(
-            self._output_dir, self.args.save_total_limit, self._output_dir / name,
-            self.state.best_model_checkpoint,
+            self.folder, self._args.save_total_limit, self.folder / name,
+            state.best_model_checkpoint,
         )  # fmt: skip
 
     def _entries(self, name: str, every: list[dict[str, Entry]]) -> dict[str, Entry]:
         entries = {file: entry for entries in every for file, entry in entries.items()}
-        if self.engine.layout == "whole":  # rank 0 has written all but random states
+        if self._engine.layout == "whole":  # rank 0 has written all but random states
             there = {file for file in entries if (self._staging / name / file).is_file()}
             if missing := entries.keys() - there:
                 logger.warning(
@@ -126,30 +168,30 @@ class SavingTrainer(WritingTrainer):
             entries = {file: entries[file] for file in there}
         return entries
 
-    def _publish(self, staging: Path, name: str, entries: dict[str, Entry]) -> None:
-        self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-        seal(staging / name, entries, **self._facts())
-        publish(staging / name, self._output_dir / name)
+    def _publish(self, name: str, state: TrainerState, entries: dict[str, Entry]) -> None:
+        staged = self._staging / name
+        state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        seal(staged, entries, **self._facts(state.global_step))
+        publish(staged, self.folder / name)
 
-    def _point_best_at(self, name: str) -> None:
+    def _point_best_at(self, name: str, state: TrainerState) -> None:
         """Upstream looks for the best checkpoint in the staging folder; name its real place."""
-        if self.state.best_global_step:
-            best = self._output_dir / f"checkpoint-{self.state.best_global_step}"
+        if state.best_global_step:
+            best = self.folder / f"checkpoint-{state.best_global_step}"
             if best.name == name or best.is_dir():
-                self.state.best_model_checkpoint = str(best)
+                state.best_model_checkpoint = str(best)
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, step: int) -> dict[str, Any]:
         return {
-            "step": self.state.global_step,
-            "world_size": self.args.world_size,
-            "rows_per_step": rows_per_step(self.args),
-            "engine": str(self.engine),
-            "layout": self.engine.layout,
-            "seed": self.args.seed,
-            "skipped_steps": self.skipped_steps,
-            "tokens_seen": self.tokens_seen,
-            "save_only_model": self.args.save_only_model,
-            **self.run_facts,
+            "step": step,
+            "world_size": self._args.world_size,
+            "rows_per_step": rows_per_step(self._args),
+            "engine": str(self._engine),
+            "layout": self._engine.layout,
+            "seed": self._args.seed,
+            **asdict(self._totals),
+            "save_only_model": self._args.save_only_model,
+            **self._run_facts,
         }
 
 

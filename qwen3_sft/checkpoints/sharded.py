@@ -22,9 +22,8 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from qwen3_sft.checkpoints.held_state import local_part
 from qwen3_sft.checkpoints.ledger import Ledger
-from qwen3_sft.checkpoints.state_tensors import plain_name
+from qwen3_sft.checkpoints.state_tensors import local_part, plain_name
 from qwen3_sft.distributed.rank_zero import process_rank
 from qwen3_sft.errors import CheckpointError
 from qwen3_sft.model.loading import load_strict
@@ -58,6 +57,8 @@ def save_weights(model: Any, folder: Path, ledger: Ledger) -> None:
 
     As transformers' `_save_model_checkpoint_distributed`, which fails on accelerate's tied weights:
     safetensors writes no memory twice. They are written under both names, and load so.
+
+    Remove when transformers saves tied DTensors: the copies that are made of them here
     """
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_model_state_dict

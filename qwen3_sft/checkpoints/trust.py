@@ -24,8 +24,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from qwen3_sft.checkpoints.pickled_names import IN_ARCHIVES, IN_METADATA, METADATA, STORAGE_INFO
-from qwen3_sft.checkpoints.pickles import MAX_PICKLE_BYTES, read_inert, stand_in_for
+from qwen3_sft.checkpoints.pickles import (
+    IN_ARCHIVES,
+    IN_METADATA,
+    MAX_PICKLE_BYTES,
+    METADATA,
+    STORAGE_INFO,
+    read_inert,
+    stand_in_for,
+)
 from qwen3_sft.errors import CheckpointError, RefusedPickleError
 from qwen3_sft.model.trust import check_index, is_plain_name
 

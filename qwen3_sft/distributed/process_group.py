@@ -14,6 +14,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from qwen3_sft.errors import ProcessGroupError, UsageError
@@ -75,6 +76,13 @@ def default_backend(*, has_cuda: bool) -> str:
     is_offloaded = env.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
     is_gathered = env.get("FSDP_STATE_DICT_TYPE") == "FULL_STATE_DICT"
     return "cuda:nccl,cpu:gloo" if is_fsdp and (is_offloaded or is_gathered) else "nccl"
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Add up a tensor of all ranks in place and return it; collective where there are several."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def leave_process_group() -> None:

@@ -11,7 +11,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from qwen3_sft.distributed.peer_watch import PeerWatch
 from qwen3_sft.packing.isolation import check_isolation
 from qwen3_sft.packing.rows import PackedDataset
-from qwen3_sft.training.metrics import Window
+from qwen3_sft.training.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,8 @@ class EarlyStopping(EarlyStoppingCallback):
 
     A run that had stopped, and ended before its model was exported, stops again before any step;
     the patience is that of the options (transformers 5.23 trains on, with the checkpoint's).
+
+    Remove when transformers stops a resumed run that had stopped early: both methods
     """
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -57,10 +59,9 @@ def check_optimizer(model: torch.nn.Module, optimizer: Any) -> None:
 class StartCallback(TrainerCallback):
     """Prove before any step that it trains the model at hand, and that documents do not mix."""
 
-    def __init__(self, max_length: int, pad_token_id: int) -> None:
-        """Remember the row's shape; `trainer` is set by the caller once it exists."""
-        self.max_length, self.pad_token_id = max_length, pad_token_id
-        self.trainer: Any = None
+    def __init__(self, rows: PackedDataset, pad_token_id: int, layout: str) -> None:
+        """Remember the data, what fills its rows, and the engine's layout."""
+        self.rows, self.pad_token_id, self.layout = rows, pad_token_id, layout
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Check on every rank: where weights are sharded a forward is collective.
@@ -69,10 +70,10 @@ class StartCallback(TrainerCallback):
             RuntimeError: the optimizer holds other parameters than the model.
             LeakError: documents see each other.
         """
-        if self.trainer.engine.layout != "zero":  # DeepSpeed's holds flat copies
-            check_optimizer(self.trainer.model, self.trainer.optimizer)
+        if self.layout != "zero":  # DeepSpeed's holds flat copies
+            check_optimizer(kwargs["model"], kwargs["optimizer"])
         report = check_isolation(
-            self.trainer.model, self.trainer.first_row(), self.max_length, self.pad_token_id,
+            kwargs["model"], self.rows[0], self.rows.max_length, self.pad_token_id,
             autocast=torch.bfloat16 if args.bf16 else None,
         )  # fmt: skip
         logger.info("%s", report)
@@ -127,14 +128,13 @@ class TellStep(TrainerCallback):
 class RecordSteps(TrainerCallback):
     """Begin to count when the first step begins: set-up and loading are not training time."""
 
-    def __init__(self, trainer: Any) -> None:
-        """Remember the SftTrainer, which keeps the counts."""
-        self.trainer = trainer
+    def __init__(self, metrics: Metrics) -> None:
+        """Remember who counts."""
+        self.metrics = metrics
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Count from here."""
-        self.trainer.window = Window()
-        self.trainer.steps_at_last_record = state.global_step
+        self.metrics.begin(state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Record the last step, whose loss the summary tells, and every saved one.

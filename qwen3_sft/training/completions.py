@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from qwen3_sft.training.metrics import StepLines
+from qwen3_sft.training.metrics import Metrics, StepLines
 
 
 class TokenSamples(Protocol):
@@ -103,31 +103,31 @@ class CompletionCallback(TrainerCallback):
         tokenizer: Any,
         max_new_tokens: int,
         resume_step: int | None,
+        metrics: Metrics,
     ) -> None:
-        """Remember what to ask; `trainer` is set by the caller once it exists."""
+        """Remember what to ask, and whose step time it is not."""
         self.lines, self.prompts, self.tokenizer = lines, prompts, tokenizer
         self.max_new_tokens = max_new_tokens
-        self.trainer: Any = None
+        self.metrics = metrics
         self._last_step = resume_step  # answered before the run was interrupted
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask before the first step."""
-        self._ask(state)
+        self._ask(state, **kwargs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask at each evaluation."""
-        self._ask(state)
+        self._ask(state, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the model that is going to be exported."""
-        self._ask(state)
+        self._ask(state, **kwargs)
 
-    def _ask(self, state: Any) -> None:
+    def _ask(self, state: Any, *, model: Any, **kwargs: Any) -> None:
         if state.global_step == self._last_step:
             return
         self._last_step = state.global_step
-        with self.trainer.pause_metrics():
-            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        with self.metrics.window.pause():
             answers = complete(model, self.tokenizer, self.prompts, self.max_new_tokens)
         for prompt, answer in zip(self.prompts, answers, strict=True):
             if self.lines is None:

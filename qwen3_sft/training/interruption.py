@@ -7,27 +7,35 @@ and saved; then `Interrupted` leaves the training loop before anything that belo
 
 Upstream's own way saves before the optimizer's step, when random states are one micro-batch ahead:
 what it saves does not resume exactly with dropout (transformers 5.23, `JITCheckpointCallback`).
+
+Data workers outlive signals that are sent to every process of a run. torch's end with any SIGTERM
+(torch 2.13, `_set_worker_signal_handlers`), and their rank then fails in the middle of the step
+that it was about to finish and save.
+
+Remove when transformers saves at a step's end on all ranks alike and resumes exactly: Interruption
+Remove when torch lets data workers outlive a SIGTERM: let_workers_outlive_signals
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState
 
 from qwen3_sft.distributed.rank_zero import on_first_rank
-from qwen3_sft.errors import INTERRUPTED, SIGNALS, Interrupted
+from qwen3_sft.errors import DONE, INTERRUPTED, SIGNALS, Interrupted
 from qwen3_sft.records.run_folder import RunFolder
-from qwen3_sft.training.data_workers import let_workers_outlive_signals
-from qwen3_sft.training.memory_guard import MemoryTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -150,81 +158,32 @@ class Interruption(TrainerCallback):
         if self._num_ignored:
             logger.warning("%d more signals came and were ignored", self._num_ignored)
 
+    # ---- the end ----
 
-class InterruptibleTrainer(MemoryTrainer):
-    """Trainer that a signal ends with `Interrupted`, after a checkpoint."""
+    def leave_if_agreed(self, step: int, output_dir: Path) -> None:
+        """End a run whose ranks have agreed on a signal and saved their last step; collective.
 
-    def __init__(self, **kwargs: Any) -> None:
-        """Set up the callback.
-
-        Args:
-            **kwargs: as for `MemoryTrainer`.
-        """
-        super().__init__(**kwargs)
-        self.interruption = Interruption()
-        self.add_callback(self.interruption)
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Listen to signals from the beginning of training at most until this ends."""
-        with self.interruption:
-            return super()._inner_training_loop(*args, **kwargs)
-
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Have its workers leave signals to this process."""
-        loader: Any = super()._get_dataloader(*args, **kwargs)
-        let_workers_outlive_signals(loader.base_dataloader)
-        return loader
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """With `save_strategy best` this decides whether to save."""
-        is_best = super()._determine_best_metric(metrics, trial)
-        return is_best or self.interruption.signal is not None
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Leave here if interrupted: the best checkpoint must not be loaded, nor others removed.
+        Before anything that belongs to its end: the best checkpoint must not be loaded, nor others
+        removed.
 
         Raises:
             Interrupted: saying where the run goes on from.
         """
-        super()._run_epoch(*args, **kwargs)
-        if self.interruption.signal is not None:
-            self._leave()
-
-    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        """Hear signals that came after the last step's agreement, as during its save.
-
-        Raises:
-            Interrupted: as after any other step.
-        """
-        votes = self.interruption.votes(torch.zeros((), device=self.args.device))
-        if self.args.world_size > 1:
-            dist.all_reduce(votes)
-        self.interruption.agree(votes.tolist()[1:])
-        if self.interruption.signal is not None:
-            if self.interruption.saved_step != self.state.global_step:
-                self._save_checkpoint(self.model_wrapped, trial)
-                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-            self._leave()
-        self.interruption.stop_listening()
-        return super()._finalize_training(trial, *args, **kwargs)
-
-    def _leave(self) -> None:
-        found, step = self.interruption, self.state.global_step
-        assert found.signal is not None
-        assert found.saved_step == step, (found.saved_step, step)
-        checkpoint = self._output_dir / f"checkpoint-{step}"
+        if self.signal is None:
+            return
+        assert self.saved_step == step, (self.saved_step, step)
+        checkpoint = output_dir / f"checkpoint-{step}"
         record = {
-            "signal": found.signal.name,
+            "signal": self.signal.name,
             "step": step,
             "checkpoint": str(checkpoint),
             "to go on": "start the same command again",
         }
         # Collective: no rank ends, and has its launcher end the others, before all is written.
-        on_first_rank(lambda: _write(RunFolder(self._output_dir), record))
+        on_first_rank(lambda: _write(RunFolder(output_dir), record))
         raise Interrupted(
-            f"interrupted by {found.signal.name} at step {step}: saved {checkpoint} in "
-            f"{found.save_s:.0f} s; the same command goes on from it (exit code "
-            f"{INTERRUPTED})"
+            f"interrupted by {self.signal.name} at step {step}: saved {checkpoint} in "
+            f"{self.save_s:.0f} s; the same command goes on from it (exit code {INTERRUPTED})"
         )
 
 
@@ -233,3 +192,32 @@ def _write(folder: RunFolder, record: dict[str, Any]) -> None:
         folder.write_json(folder.interrupted.name, record)
     except OSError as error:  # the checkpoint is written, this is only a note
         logger.warning("%s: %s", folder.interrupted, error)
+
+
+def let_workers_outlive_signals(loader: DataLoader) -> None:
+    """Have all workers that the loader starts from now on end with its process's word alone."""
+    if loader.num_workers:
+        loader.worker_init_fn = partial(_obey_parent, loader.worker_init_fn)
+        loader._get_iterator = partial(_start_deaf, loader._get_iterator)
+
+
+def _start_deaf(get_iterator: Callable[[], Any]) -> Any:
+    """Start workers that hear no signal from their first moment on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return get_iterator()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _obey_parent(init: Callable[[int], None] | None, worker_id: int) -> None:
+    """Begin to listen to the parent, which terminates workers that do not end; in the worker."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+    if init is not None:
+        init(worker_id)
+
+
+def _wait_for_parent() -> None:
+    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+        pass
+    os._exit(DONE)

@@ -1,67 +1,43 @@
-"""What the Trainer does about memory: little of it, all of it early, and words when it runs out."""
+"""What is done about memory: little of it, all of it early, and words when it runs out."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
-from torch import nn
-
 from qwen3_sft.checkpoints.folders import step_of
-from qwen3_sft.checkpoints.restore import CheckpointedTrainer
-from qwen3_sft.optimizers.choice import OptimizerChoice, with_states
-from qwen3_sft.optimizers.in_backward import BackwardOptimizer
-from qwen3_sft.plan.advice import MemorySettings, Stage
+from qwen3_sft.hardware import MemoryStats
+from qwen3_sft.plan.advice import MemorySettings, Stage, advice
 from qwen3_sft.training.memory_warm_up import MemoryWarmUp
 from qwen3_sft.training.out_of_memory import naming
 
+logger = logging.getLogger(__name__)
 
-class MemoryTrainer(CheckpointedTrainer):
-    """Trainer with the optimizer in backward, the memory warm-up and errors that name settings."""
+_FULL = 0.95  # share of memory above which the allocator begins to thrash
 
-    data_collator: Any
 
-    def __init__(self, **kwargs: Any) -> None:
-        """Set up the warm-up.
+class MemoryGuard:
+    """Warm-up, warnings, and errors that name this run's settings.
+
+    Attributes:
+        warm_up: to be called back before the first step.
+        watch: to be shown the memory at each record.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        """Remember whose memory it is.
 
         Args:
-            **kwargs: as for `CheckpointedTrainer`; the data collator knows `max_length`.
+            trainer: an `SftTrainer` that has its arguments, engine and data collator.
         """
-        super().__init__(**kwargs)
-        self.backward_optimizer: BackwardOptimizer | None = None
-        self.memory_settings = MemorySettings.of(
-            self.args, self.engine, self.data_collator.max_length
+        self._trainer = trainer
+        self._settings = MemorySettings.of(
+            trainer.args, trainer.engine, trainer.data_collator.max_length
         )
-        self.memory_warm_up = MemoryWarmUp(self)
-        self.add_callback(self.memory_warm_up)
-
-    # ---- optimizer ----
-
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        """Know torchao's AdamWFp8 too."""
-        chosen = CheckpointedTrainer.get_optimizer_cls_and_kwargs(args, model)
-        return with_states(OptimizerChoice.of(args), chosen)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """Have the optimizer step within the backward pass if the run asks for it."""
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if is_new and self.args.optimizer_in_backward:
-            self.backward_optimizer = BackwardOptimizer(
-                self.model, optimizer, clip=self.args.clip, max_grad_norm=self.args.max_grad_norm
-            )
-        return optimizer
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Warm up while the optimizer is still a fresh one."""
-        if checkpoint is not None:
-            self.memory_warm_up.before_loading()
-        super()._load_optimizer_and_scheduler(checkpoint)
-
-    # ---- out of memory ----
+        self.warm_up = MemoryWarmUp(trainer)
+        self.watch = MemoryWatch(self._settings)
 
     def naming(self, stage: Stage | Callable[[], Stage]) -> AbstractContextManager[None]:
         """Turn a lack of memory inside into an error that says what to set in this run.
@@ -69,32 +45,46 @@ class MemoryTrainer(CheckpointedTrainer):
         Args:
             stage: what is being done, or a function that is asked when it has failed.
         """
-        return naming(stage, self.memory_settings, so_far=self._so_far, part=self._part)
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Name what nothing closer inside has named."""
-        with self.naming("preparation, start checks or samples"):
-            return super()._inner_training_loop(*args, **kwargs)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Between micro-batches and evaluations only the update takes memory of the device."""
-        with self.naming("update of the optimizer"):
-            super()._run_epoch(*args, **kwargs)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run forward and backward of one micro-batch."""
-        with self.naming("forward and backward of a micro-batch"):
-            return super().training_step(*args, **kwargs)
+        return naming(stage, self._settings, so_far=self._so_far, part=self._part)
 
     def _part(self) -> str | None:
-        fused = self.backward_optimizer
+        fused = self._trainer.backward_optimizer
         return None if fused is None or fused.updating is None else f"update of {fused.updating}"
 
     def _so_far(self) -> str:
-        if self.memory_warm_up.is_running:
+        if self.warm_up.is_running:
             return "this is the memory warm-up, nothing was trained yet"
-        steps = f"{self.state.global_step} steps are done"
-        folders = [path for path in self._output_dir.glob("checkpoint-*") if path.is_dir()]
+        steps = f"{self._trainer.state.global_step} steps are done"
+        output_dir = self._trainer.saver.folder
+        folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
         if not folders:
             return f"{steps} and no checkpoint is written yet"
         return f"{steps}, the last checkpoint is whole: {max(folders, key=step_of).name}"
+
+
+class MemoryWatch:
+    """Warns when the allocator thrashes or is about to; each kind once per further retry."""
+
+    def __init__(self, run: MemorySettings) -> None:
+        """Begin with nothing seen.
+
+        Args:
+            run: the options to advise on.
+        """
+        lines = advice(run, "forward and backward of a micro-batch")
+        self._advice = "set " + ", or ".join(lines[:3])
+        self._retries = 0
+        self._has_warned = False
+
+    def check(self, memory: MemoryStats) -> None:
+        """Log what to set when allocations were retried or over 95% of memory is reserved."""
+        if memory.allocation_retries > self._retries:
+            self._retries = memory.allocation_retries
+            logger.warning(
+                "the CUDA allocator had to flush its cache %d times so far, each one stalls the "
+                "GPU: %s", self._retries, self._advice,
+            )  # fmt: skip
+        share = memory.peak_reserved_gib / memory.total_gib
+        if share > _FULL and not self._has_warned:
+            self._has_warned = True
+            logger.warning("%.0f%% of memory is in use: %s", 100 * share, self._advice)

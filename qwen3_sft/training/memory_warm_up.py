@@ -31,6 +31,7 @@ from transformers import TrainerCallback, TrainerState
 from qwen3_sft.hardware import memory_stats
 from qwen3_sft.optimizers.low_bit_step import is_low_bit
 from qwen3_sft.plan.advice import Stage
+from qwen3_sft.training.loss import loss_sums
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class MemoryWarmUp(TrainerCallback):
         """Remember whose memory it is.
 
         Args:
-            trainer: a `MemoryTrainer`.
+            trainer: an `SftTrainer`.
         """
         self.trainer = trainer
         self.is_running = False
@@ -78,7 +79,7 @@ class MemoryWarmUp(TrainerCallback):
         """
         if self._run() and self.trainer.engine.layout != "zero":
             # Both at once would be twice the memory; the allocator keeps these blocks for them.
-            self.trainer._torch_optimizer().state.clear()
+            self.trainer.torch_optimizer.state.clear()
 
     def _run(self) -> bool:
         if not self._is_due:
@@ -95,7 +96,7 @@ def exercise_memory(trainer: Any) -> None:
     Collective: where there are several processes, all of them have to call it.
 
     Args:
-        trainer: a `MemoryTrainer` whose model and optimizer are prepared, before its first step.
+        trainer: an `SftTrainer` whose model and optimizer are prepared, before its first step.
 
     Raises:
         GpuMemoryError: naming what did not fit.
@@ -104,13 +105,14 @@ def exercise_memory(trainer: Any) -> None:
         logger.info("memory warm-up: left out, DeepSpeed has its states and steps in its backward")
         return
     began, peak = time.perf_counter(), _Peak()
-    optimizer, fused = trainer._torch_optimizer(), trainer.backward_optimizer
+    optimizer, fused = trainer.torch_optimizer, trainer.backward_optimizer
     can_step = _begins_with_zeros(optimizer) and not optimizer.state
     if fused is not None and not can_step:  # its hooks would change them
         logger.info("memory warm-up: left out, the optimizer has states already")
         return
     rehearsal = nullcontext() if fused is None else fused.rehearsal()
-    with _same_random_numbers(), trainer.counting_nothing(), _learning_rate_zero(optimizer):
+    counted = trainer.current_flos  # all else is counted anew from the first step on
+    with _same_random_numbers(), _learning_rate_zero(optimizer):
         with rehearsal:
             if can_step:
                 _exercise_optimizer(trainer, optimizer)
@@ -122,6 +124,9 @@ def exercise_memory(trainer: Any) -> None:
                 peak.after("evaluation")
         if can_step:
             zero_states(optimizer)
+    trainer.current_flos = counted
+    if trainer.metrics.router_statistics is not None:
+        trainer.metrics.router_statistics.drain()
     without = "" if can_step else f", without the update of {type(optimizer).__name__}"
     logger.info("memory warm-up: %s; %.1f s%s", peak, time.perf_counter() - began, without)
 
@@ -165,7 +170,7 @@ class _Peak:
 
 def _exercise_optimizer(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
     if trainer.backward_optimizer is not None:
-        with trainer.naming("states of the optimizer"):
+        with trainer.memory_guard.naming("states of the optimizer"):
             trainer.backward_optimizer.update_all()
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -174,10 +179,10 @@ def _exercise_optimizer(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
         has_all = all(optimizer.state.get(p) for p in parameters)
         return "update of the optimizer" if has_all else "states of the optimizer"
 
-    with trainer.naming("gradients of all weights"):
+    with trainer.memory_guard.naming("gradients of all weights"):
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-    with trainer.naming(stage):
+    with trainer.memory_guard.naming(stage):
         optimizer.step()
     for parameter in parameters:
         parameter.grad = None
@@ -197,8 +202,8 @@ def _exercise_micro_batches(trainer: Any) -> None:
 
 def _exercise_evaluation(trainer: Any) -> None:
     was_training = trainer.model.training
-    with trainer.naming("evaluation"):
-        trainer.loss_sums([_full_batch(trainer, trainer.args.per_device_eval_batch_size)])
+    with trainer.memory_guard.naming("evaluation"):
+        loss_sums(trainer, [_full_batch(trainer, trainer.args.per_device_eval_batch_size)])
     trainer.model.train(was_training)
     # Without a backward pass FSDP leaves the outermost weights whole, and the model then has other
     # parameters than those that optimizer states are loaded for.
@@ -225,7 +230,7 @@ def _full_batch(trainer: Any, rows: int) -> dict[str, Any]:
     The text is the data's own, repeated: of random tokens or of one the experts would get another
     load.
     """
-    ids = np.concatenate([ids for ids, _ in trainer.first_row()])
+    ids = np.concatenate([ids for ids, _ in trainer.train_dataset[0]])
     length = trainer.data_collator.max_length
     document = (np.resize(ids, length), np.ones(length, bool))
     return trainer.data_collator([[document]] * rows)

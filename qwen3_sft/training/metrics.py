@@ -16,9 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import TrainerState
+
+from qwen3_sft.checkpoints.manifest import Totals
+from qwen3_sft.distributed.process_group import sum_over_ranks
+from qwen3_sft.families.flops import ModelFlops, train_flops
 from qwen3_sft.hardware import MemoryStats
+from qwen3_sft.model.layer_compile import RecompileWatch
 from qwen3_sft.packing.collator import BatchStats
-from qwen3_sft.plan.advice import MemorySettings, advice
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +35,6 @@ KEYS = (
     "peak_memory_gib", "expert_load_max_over_mean", "router_entropy", "skipped_steps",
     "lost_update_fraction", "lost_update_mass", "compiles_total", "tokens_seen",
 )  # fmt: skip
-
-
-_FULL = 0.95  # share of memory above which the allocator begins to thrash
 
 
 @dataclass
@@ -105,6 +108,94 @@ def throughput(
     }
 
 
+class Metrics:
+    """Counts what is trained and makes a record of it for each logged step.
+
+    Attributes:
+        totals: since the run's first step, which a checkpoint keeps.
+        window: since the last record.
+        router_statistics: state of the `router_aux_loss` patch; None if it is not applied.
+        recompile_watch: to be called back; None where layers are not compiled.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        config: Any,
+        *,
+        router_statistics: Any = None,
+        peak_flops: float | None = None,
+        file: StepLines | None = None,
+    ) -> None:
+        """Begin with nothing counted.
+
+        Args:
+            args: of the training.
+            config: of the model.
+            router_statistics: as above.
+            peak_flops: dense FLOP/s of the device in the compute dtype, None if unknown.
+            file: where records go; None on ranks other than 0.
+        """
+        self.totals, self.window = Totals(), Window()
+        self.router_statistics = router_statistics
+        self.recompile_watch = RecompileWatch() if args.compiles_layers else None
+        self._args, self._peak_flops, self._file = args, peak_flops, file
+        self._model_flops = ModelFlops.from_config(config)
+        self._last_step = 0
+
+    def begin(self, step: int) -> None:
+        """Count from here: set-up and loading are not training time."""
+        self.window, self._last_step = Window(), step
+
+    def count(self, stats: BatchStats) -> float:
+        """Count one micro-batch; return the FLOPs of training on it."""
+        flops = train_flops(
+            self._model_flops, tokens=stats.tokens, label_tokens=stats.label_tokens,
+            sum_length_squared=stats.sum_length_squared,
+        )  # fmt: skip
+        self.window.add(stats, flops)
+        return flops
+
+    def record(
+        self,
+        logs: dict[str, float],
+        state: TrainerState,
+        memory: MemoryStats,
+        lost_updates: dict[str, float | None],
+    ) -> dict[str, Any]:
+        """Add efficiency and health to what the Trainer logs, write it and begin a new window.
+
+        Collective. What is unknown is left out of what is returned.
+        """
+        steps, self._last_step = state.global_step - self._last_step, state.global_step
+        seconds = self.window.seconds()
+        sums = torch.tensor(self.window.sums(), dtype=torch.float64, device=self._args.device)
+        record: dict[str, Any] = {
+            **logs,
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "skipped_steps": self.totals.skipped_steps,
+            "peak_memory_gib": memory.peak_allocated_gib,
+            **throughput(
+                sum_over_ranks(sums).tolist(), seconds=seconds, steps=steps,
+                num_gpus=self._args.world_size, peak_flops=self._peak_flops,
+            ),
+        }  # fmt: skip
+        self.totals.tokens_seen += record["tokens"]
+        record["tokens_seen"] = self.totals.tokens_seen
+        if self.recompile_watch is not None:
+            record["compiles_total"] = self.recompile_watch.compiles_total
+        record |= lost_updates
+        if self.router_statistics is not None:
+            record |= self.router_statistics.drain(reduce=sum_over_ranks)
+        if self._file is not None:
+            self._file.write({key: record.get(key) for key in KEYS})
+        left = (state.max_steps - state.global_step) * seconds / steps
+        logger.info("%s", log_line(record, state.max_steps, left))
+        self.window = Window()
+        return {key: value for key, value in record.items() if value is not None}
+
+
 class StepLines:
     """JSON lines with a `step`, such as metrics.jsonl. A full disk costs the file, not the run."""
 
@@ -128,34 +219,6 @@ class StepLines:
                 file.write(line + "\n")
         except OSError as error:
             logger.warning("cannot write %s (%s); training goes on", self.path, error)
-
-
-class MemoryWatch:
-    """Warns when the allocator thrashes or is about to; each kind once per further retry."""
-
-    def __init__(self, run: MemorySettings) -> None:
-        """Begin with nothing seen.
-
-        Args:
-            run: the options to advise on.
-        """
-        lines = advice(run, "forward and backward of a micro-batch")
-        self._advice = "set " + ", or ".join(lines[:3])
-        self._retries = 0
-        self._has_warned = False
-
-    def check(self, memory: MemoryStats) -> None:
-        """Log what to set when allocations were retried or over 95% of memory is reserved."""
-        if memory.allocation_retries > self._retries:
-            self._retries = memory.allocation_retries
-            logger.warning(
-                "the CUDA allocator had to flush its cache %d times so far, each one stalls the "
-                "GPU: %s", self._retries, self._advice,
-            )  # fmt: skip
-        share = memory.peak_reserved_gib / memory.total_gib
-        if share > _FULL and not self._has_warned:
-            self._has_warned = True
-            logger.warning("%.0f%% of memory is in use: %s", 100 * share, self._advice)
 
 
 def _step(line: str) -> int:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState
 
+from qwen3_sft.training.metrics import Metrics
+
 logger = logging.getLogger(__name__)
 
 _GIB = 2**30
@@ -39,20 +41,24 @@ class PlanCheck(TrainerCallback):
         planned: Mapping[str, int],
         tokens_per_second: float | None,
         write: Callable[[dict[str, Any]], None],
+        metrics: Metrics,
+        layout: str,
         steps: int = 10,
     ) -> None:
-        """Remember the plan; `trainer` is set by the caller once it exists.
+        """Remember the plan.
 
         Args:
             planned: bytes on this GPU by component; `weights`, `gradients` and `optimizer` are
                 compared one by one, `reserve` does not count towards the peak.
             tokens_per_second: planned, per GPU; None if unknown.
             write: stores the record.
+            metrics: counts the tokens.
+            layout: of the engine.
             steps: which step to look at, counted from the start or the resume.
         """
         self.planned, self.tokens_per_second = dict(planned), tokens_per_second
         self.write, self.steps = write, steps
-        self.trainer: Any = None
+        self.metrics, self.layout = metrics, layout
         self._first = 0
         self._tokens, self._seconds = 0, 0.0
         self._began: tuple[int, float] | None = None
@@ -67,14 +73,14 @@ class PlanCheck(TrainerCallback):
         done = state.global_step - self._first
         if self.steps // 2 <= done < self.steps:
             _wait_for_device()
-            self._began = (self.trainer.window.stats.tokens, time.perf_counter())
+            self._began = (self.metrics.window.stats.tokens, time.perf_counter())
 
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         """Measure the gradients while they are there; in the backward pass they never all are."""
         is_last = state.global_step - self._first + 1 == self.steps
-        if is_last and self.trainer.backward_optimizer is None:
+        if is_last and not args.optimizer_in_backward:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             self._gradients = sum(map(tensor_bytes, gradients))
 
@@ -84,20 +90,19 @@ class PlanCheck(TrainerCallback):
             return
         _wait_for_device()
         tokens, began = self._began
-        self._tokens += self.trainer.window.stats.tokens - tokens
+        self._tokens += self.metrics.window.stats.tokens - tokens
         self._seconds += time.perf_counter() - began
         self._began = None
         if state.global_step - self._first == self.steps and state.is_world_process_zero:
-            self._report(state.global_step)
+            self._report(state.global_step, args.device, kwargs["model"], kwargs["optimizer"])
 
-    def _report(self, step: int) -> None:
-        measured = {"weights": weights_bytes(self.trainer.model)}
+    def _report(self, step: int, device: torch.device, model: nn.Module, optimizer: Any) -> None:
+        measured = {"weights": weights_bytes(model)}
         if self._gradients is not None:
             measured["gradients"] = self._gradients
-        if self.trainer.engine.layout != "zero":  # DeepSpeed's states are flat and its own
-            measured["optimizer"] = optimizer_bytes(self.trainer._torch_optimizer())
-        is_gpu = self.trainer.args.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if is_gpu else None
+        if self.layout != "zero":  # DeepSpeed's states are flat and its own
+            measured["optimizer"] = optimizer_bytes(optimizer)
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
         speed = self._tokens / self._seconds
         record = compare(
             self.planned, measured, peak,

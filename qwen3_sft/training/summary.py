@@ -24,8 +24,8 @@ def write_summary(trainer: SftTrainer, folder: RunFolder) -> str:
         "first_loss": losses[0],
         "loss": losses[-1],
         "best_metric": trainer.state.best_metric,
-        "skipped_steps": trainer.skipped_steps,
-        "tokens_seen": trainer.tokens_seen,
+        "skipped_steps": trainer.metrics.totals.skipped_steps,
+        "tokens_seen": trainer.metrics.totals.tokens_seen,
         "model": str(folder.model),
     }
     folder.write_json("summary.json", summary)

@@ -1,104 +1,150 @@
-"""transformers' Trainer with as few overrides as a right loss, resume and log need.
+"""The one subclass of transformers' Trainer: every override, its reason and its part.
 
-Each override names its reason. What a step is, how data is skipped on resume, schedules, DDP and
-reporting stay the Trainer's own.
+What a step is, how data is skipped on resume, schedules, DDP and reporting stay the Trainer's own.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
+from transformers import Trainer
 
-from qwen3_sft.errors import NonFiniteError
-from qwen3_sft.families.flops import ModelFlops, train_flops
+from qwen3_sft.checkpoints import restore, write
+from qwen3_sft.checkpoints.save import CheckpointSaver, let_sharded_models_save
+from qwen3_sft.distributed.engine import Engine
+from qwen3_sft.distributed.process_group import sum_over_ranks
 from qwen3_sft.hardware import memory_stats
-from qwen3_sft.model.layer_compile import RecompileWatch
-from qwen3_sft.packing.collator import BatchStats
-from qwen3_sft.packing.rows import Document, PackedDataset
+from qwen3_sft.optimizers.choice import OptimizerChoice, with_states
+from qwen3_sft.optimizers.in_backward import BackwardOptimizer
+from qwen3_sft.training.bad_steps import BadSteps
 from qwen3_sft.training.callbacks import RecordSteps
-from qwen3_sft.training.interruption import InterruptibleTrainer
-from qwen3_sft.training.metrics import KEYS, MemoryWatch, StepLines, Window, log_line, throughput
+from qwen3_sft.training.interruption import Interruption, let_workers_outlive_signals
+from qwen3_sft.training.loss import StepLoss, loss_sums
+from qwen3_sft.training.memory_guard import MemoryGuard
+from qwen3_sft.training.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 
-class SftTrainer(InterruptibleTrainer):
-    """Train on packed batches of `PackedCollator`.
+class SftTrainer(Trainer):
+    """Train on packed batches of `PackedCollator`, with exact losses and whole checkpoints."""
 
-    The loss is the sum of cross entropy over labelled tokens divided by the number of labelled
-    tokens of the whole step, over ranks and accumulation; no micro-batch waits for the device.
-    """
+    # Upstream declares these as optional or as unions that a type checker cannot narrow.
+    args: Any
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    current_flos: Any
 
     def __init__(
-        self,
-        *,
-        router_statistics: Any,
-        peak_flops: float | None,
-        metrics_file: StepLines | None,
-        **kwargs: Any,
+        self, *, engine: Engine, metrics: Metrics, run_facts: dict[str, Any], **kwargs: Any
     ) -> None:
-        """Set up counters beside the Trainer's own state.
+        """Put the parts together.
 
         Args:
-            router_statistics: state of the `router_aux_loss` patch; None if it is not applied.
-            peak_flops: dense FLOP/s of the device in the compute dtype, None if unknown.
-            metrics_file: where records go; None on ranks other than 0.
-            **kwargs: as for `transformers.Trainer`.
+            engine: what spreads the run over processes.
+            metrics: of this training.
+            run_facts: what every manifest records beside the files.
+            **kwargs: as for `transformers.Trainer`; the data collator knows `max_length`.
         """
-        super().__init__(**kwargs)
-        self.router_statistics = router_statistics
-        self.peak_flops = peak_flops
-        self.metrics_file = metrics_file
-        self.model_flops = ModelFlops.from_config(self.model.config)
-        # The loss is normalised over the whole step, accumulation included (compute_loss).
-        self.loss_is_scaled_for_ga = True
-        self.window = Window()
-        self.memory_watch = MemoryWatch(self.memory_settings)
-        self.bad_steps_in_a_row = 0
-        self.recompile_watch: RecompileWatch | None = None
-        self._step_loss = torch.zeros((), device=self.args.device)
-        self._step_tokens = torch.ones((), device=self.args.device)
-        self.steps_at_last_record = 0
-        self.add_callback(RecordSteps(self))
+        args = kwargs["args"]
+        with let_sharded_models_save(args, engine):
+            super().__init__(**kwargs)
+        self.engine, self.metrics = engine, metrics
+        self.step_loss = StepLoss(args, metrics)
+        self.bad_steps = BadSteps(metrics.totals, args.max_bad_steps)
+        self.saver = CheckpointSaver(args, engine, run_facts, metrics.totals)
+        self.memory_guard = MemoryGuard(self)
+        self.interruption = Interruption()
+        self.backward_optimizer: BackwardOptimizer | None = None
+        self.loss_is_scaled_for_ga = True  # normalised over the whole step, accumulation included
+        # In this order: what the warm-up takes and compiles is not counted.
+        self.add_callback(self.memory_guard.warm_up)
+        self.add_callback(self.interruption)
+        self.add_callback(RecordSteps(metrics))
+        if metrics.recompile_watch is not None:
+            self.add_callback(metrics.recompile_watch)
 
-    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        if self.args.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
+    @property
+    def torch_optimizer(self) -> Any:
+        """Torch's optimizer below accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
-    def first_row(self) -> list[Document]:
-        """Return the documents of the first training row."""
-        return cast(PackedDataset, self.train_dataset)[0]
+    # ---- from the first step to the last ----
 
-    # ---- loss ----
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Listen to signals at most until this ends; name what nothing closer inside has named."""
+        preparation = self.memory_guard.naming("preparation, start checks or samples")
+        with self.interruption, preparation:
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Have its workers leave signals to this process."""
+        loader: Any = super()._get_dataloader(*args, **kwargs)
+        let_workers_outlive_signals(loader.base_dataloader)
+        return loader
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train no step too many, and leave here if interrupted, before the end of training."""
+        # Remove when transformers trains no step after max_steps where it resumes there: both ifs
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            # Between micro-batches and evaluations only the update takes memory of the device.
+            with self.memory_guard.naming("update of the optimizer"):
+                super()._run_epoch(*args, **kwargs)
+        self.interruption.leave_if_agreed(self.state.global_step, self.saver.folder)
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        """Hear signals that came after the last step's agreement, as during its save."""
+        interruption, step = self.interruption, self.state.global_step
+        votes = sum_over_ranks(interruption.votes(torch.zeros((), device=self.args.device)))
+        interruption.agree(votes.tolist()[1:])
+        if interruption.signal is not None and interruption.saved_step != step:
+            self._save_checkpoint(self.model_wrapped, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        interruption.leave_if_agreed(step, self.saver.folder)
+        interruption.stop_listening()
+        return super()._finalize_training(trial, *args, **kwargs)
+
+    # ---- optimizer ----
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Know torchao's AdamWFp8 too."""
+        chosen = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return with_states(OptimizerChoice.of(args), chosen)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Have the optimizer step within the backward pass if the run asks for it."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.optimizer_in_backward:
+            self.backward_optimizer = BackwardOptimizer(
+                self.model, optimizer, clip=self.args.clip, max_grad_norm=self.args.max_grad_norm
+            )
+        return optimizer
+
+    # ---- a step ----
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
-        """Draw one step's micro-batches and count its labels over all ranks.
+        """Count on the host, padding too; upstream scans the labels alone, on the device."""
+        return self.step_loss.draw(epoch_iterator, num_batches, device)
 
-        Overridden because upstream counts labels by scanning them on the device and cannot tell
-        padding, which the router loss must leave out.
-        """
-        batches = list(itertools.islice(epoch_iterator, num_batches))
-        total = sum((b["stats"] for b in batches), BatchStats(0, 0, 0, 0, 0))
-        # From pinned memory: a copy from elsewhere waits for all that the device has to do.
-        counts = torch.tensor(
-            [total.label_tokens, total.tokens], pin_memory=torch.device(device).type == "cuda"
-        ).to(device, non_blocking=True)
-        label_tokens, self._step_tokens = self._sum_over_ranks(counts).clamp_min(1)
-        self._step_loss = torch.zeros((), device=device)
-        return batches, label_tokens
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Name a lack of memory."""
+        with self.memory_guard.naming("forward and backward of a micro-batch"):
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -108,31 +154,13 @@ class SftTrainer(InterruptibleTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return this rank's share of the step's loss, times the ranks that DDP averages over."""
-        stats, token_mask = inputs.pop("stats"), inputs.pop("token_mask")
-        flops = train_flops(
-            self.model_flops,
-            tokens=stats.tokens,
-            label_tokens=stats.label_tokens,
-            sum_length_squared=stats.sum_length_squared,
-        )
-        self.window.add(stats, flops)
+        loss, outputs, flops = self.step_loss.add(model, inputs, num_items_in_batch)
         self.current_flos += flops
-        scale = self.args.world_size
-        if self.router_statistics is not None:
-            self.router_statistics.begin(
-                token_mask, num_rows=self.args.per_device_train_batch_size,
-                weight=scale / self._step_tokens,
-            )  # fmt: skip
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        loss = outputs.loss * scale
-        self._step_loss += loss.detach()
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: `compute_loss` adds the exact count; upstream's counts inactive experts."""
         return 0
-
-    # ---- non-finite steps ----
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
         """Skip the update when the loss or the gradient norm is NaN or Inf.
@@ -140,59 +168,33 @@ class SftTrainer(InterruptibleTrainer):
         The last point before `optimizer.step()`: without gradients it changes nothing, neither
         weights nor moments. Upstream would clip by NaN and turn every weight into NaN. DeepSpeed
         steps within the backward pass and has skipped the update itself if the norm is not finite.
-
-        Raises:
-            NonFiniteError: after `max_bad_steps` such steps in a row.
         """
         fused = self.backward_optimizer
         norm = super()._get_grad_norm(model, grad_norm) if fused is None else fused.norm()
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        sums = self._sum_over_ranks(self.interruption.votes(self._step_loss))
+        sums = sum_over_ranks(self.interruption.votes(self.step_loss.total))
         # One wait for the device per optimizer step; none per micro-batch.
         values = torch.cat([sums, torch.as_tensor(norm).to(sums)[None]]).tolist()
         loss_value, norm_value = values[0] / self.args.world_size, values[-1]
         self.interruption.agree(values[1:-1])
-        left_out = [] if fused is None else fused.end_step(norm_value)
-        if math.isfinite(norm_value) and math.isfinite(loss_value):
-            self.bad_steps_in_a_row = 0
-            return norm
-        self.skipped_steps += 1
-        self.bad_steps_in_a_row += 1
-        for parameter in model.parameters():
-            parameter.grad = None
+        left_out = None if fused is None else fused.end_step(norm_value)
         step = self.state.global_step + 1
-        logger.warning("step %d skipped: loss %s, gradient norm %s", step, loss_value, norm_value)
-        kept = "The weights are those before them"
-        if fused is not None:
-            kept = "Weights whose own gradient was finite were updated in them"
-            logger.warning(
-                "%d weights had a non-finite gradient and were left out (%s); the others were "
-                "updated within the backward pass", len(left_out), ", ".join(left_out[:3]),
-            )  # fmt: skip
-        if self.bad_steps_in_a_row >= self.args.max_bad_steps:
-            raise NonFiniteError(
-                f"steps {step - self.bad_steps_in_a_row + 1} to {step} all had a non-finite loss "
-                f"or gradient (last: loss {loss_value}, gradient norm {norm_value}). {kept} and "
-                "the last checkpoint is whole. Lower --learning_rate, look at the data of these "
-                "steps, or allow more with --max_bad_steps"
-            )
+        self.bad_steps.check(model, step, loss_value, norm_value, left_out)
         return norm
 
-    # ---- evaluation ----
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add efficiency and router health to a training record before reporters see it."""
+        if "loss" in logs:
+            memory, fused = memory_stats(), self.backward_optimizer
+            self.memory_guard.watch.check(memory)
+            lost_updates = {} if fused is None else fused.lost_updates.drain()
+            logs = self.metrics.record(logs, self.state, memory, lost_updates)
+            # Upstream empties its sum by subtraction, and a NaN minus itself stays one for ever.
+            # Remove when transformers sets its running loss to zero: the next line
+            self._tr_loss = torch.zeros_like(self._tr_loss)
+        super().log(logs, start_time)
 
-    def loss_sums(self, batches: Iterable[dict[str, Any]]) -> Tensor:
-        """Return the summed loss over this rank's batches and their labels, (2,) float64."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        self.model.eval()
-        for batch in batches:
-            inputs: dict[str, Any] = self._prepare_inputs(batch)
-            label_tokens = inputs.pop("stats").label_tokens
-            del inputs["token_mask"]
-            with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = self.model(**inputs, num_items_in_batch=1)
-            sums += torch.stack([outputs.loss.double(), sums.new_tensor(label_tokens)])
-        self.model.train()
-        return sums
+    # ---- evaluation ----
 
     def evaluate(
         self,
@@ -200,83 +202,96 @@ class SftTrainer(InterruptibleTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Return the exact loss per labelled token over the packed evaluation rows.
-
-        Overridden because upstream averages per-batch means, which weighs tokens unequally.
-        """
-        with self.naming("evaluation"), self.window.pause():
-            sums = self.loss_sums(self.get_eval_dataloader(cast("Dataset | None", eval_dataset)))
-            loss_sum, num_labels = self._sum_over_ranks(sums).tolist()
+        """Return the exact loss per label; upstream's mean of means weighs tokens unequally."""
+        prefix, step = metric_key_prefix, self.state.global_step
+        with self.memory_guard.naming("evaluation"), self.metrics.window.pause():
+            batches = self.get_eval_dataloader(cast("Dataset | None", eval_dataset))
+            loss_sum, num_labels = sum_over_ranks(loss_sums(self, batches)).tolist()
             loss = loss_sum / max(num_labels, 1)
-            metrics = {
-                f"{metric_key_prefix}_loss": loss,
-                f"{metric_key_prefix}_label_tokens": num_labels,
-            }
-            step = self.state.global_step
-            logger.info("step %d  %s loss %.4f", step, metric_key_prefix, loss)
+            metrics = {f"{prefix}_loss": loss, f"{prefix}_label_tokens": num_labels}
+            logger.info("step %d  %s loss %.4f", step, prefix, loss)
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(
                 self.args, self.state, self.control, metrics
             )
         return metrics
 
-    # ---- log ----
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Save an interrupted step too: with `save_strategy best` this decides whether to."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        return is_best or self.interruption.signal is not None
 
-    @contextmanager
-    def counting_nothing(self) -> Iterator[None]:
-        """Leave counters and sums as they are, whatever is computed inside."""
-        names = ("window", "current_flos", "_step_loss", "_step_tokens")
-        kept = {name: getattr(self, name) for name in names}
-        self.window, self._step_loss = Window(), torch.zeros_like(self._step_loss)
-        try:
-            yield
-        finally:
-            vars(self).update(kept)
-            if self.router_statistics is not None:
-                self.router_statistics.drain()
+    # ---- saving ----
 
-    def pause_metrics(self) -> AbstractContextManager[None]:
-        """Leave the time spent inside out of the step time."""
-        return self.window.pause() if self.is_in_train else nullcontext()
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Let upstream write aside, then seal, publish and only then rotate."""
+        upstream = partial(super()._save_checkpoint, model, trial)
+        with self.metrics.window.pause():
+            self.saver.save(upstream, self.model, self.optimizer, self.state)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add efficiency and router health to a training record before reporters see it."""
-        if "loss" in logs:
-            logs = self._training_record(logs)
-            self.window = Window()
-            # Upstream empties its sum by subtraction, and a NaN minus itself stays one for ever.
-            self._tr_loss = torch.zeros_like(self._tr_loss)
-        super().log(logs, start_time)
+    def _get_output_dir(self, trial: Any) -> str:
+        """While a checkpoint is being written, point upstream's code at the staging folder."""
+        return str(self.saver.folder_now)
 
-    def _training_record(self, logs: dict[str, float]) -> dict[str, Any]:
-        steps = self.state.global_step - self.steps_at_last_record
-        self.steps_at_last_record = self.state.global_step
-        seconds = self.window.seconds()
-        sums = torch.tensor(self.window.sums(), dtype=torch.float64, device=self.args.device)
-        sums = self._sum_over_ranks(sums)
-        memory = memory_stats()
-        record: dict[str, Any] = {
-            **logs,
-            "step": self.state.global_step,
-            "epoch": self.state.epoch,
-            "skipped_steps": self.skipped_steps,
-            "peak_memory_gib": memory.peak_allocated_gib,
-            **throughput(
-                sums.tolist(), seconds=seconds, steps=steps, num_gpus=self.args.world_size,
-                peak_flops=self.peak_flops,
-            ),
-        }  # fmt: skip
-        self.tokens_seen += record["tokens"]
-        record["tokens_seen"] = self.tokens_seen
-        if self.recompile_watch is not None:
-            record["compiles_total"] = self.recompile_watch.compiles_total
-        if self.backward_optimizer is not None:
-            record |= self.backward_optimizer.lost_updates.drain()
-        if self.router_statistics is not None:
-            record |= self.router_statistics.drain(reduce=self._sum_over_ranks)
-        self.memory_watch.check(memory)
-        if self.metrics_file is not None:
-            self.metrics_file.write({key: record.get(key) for key in KEYS})
-        left = (self.state.max_steps - self.state.global_step) * seconds / steps
-        logger.info("%s", log_line(record, self.state.max_steps, left))
-        return {key: value for key, value in record.items() if value is not None}
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the weights as the engine's layout wants them; ZeRO's come with its optimizer."""
+        folder, layout = Path(output_dir or self.saver.folder), self.engine.layout
+        plugin = self.accelerator.state.fsdp_plugin if self.engine.kind == "fsdp" else None
+        with self.saver.ledger(folder) as ledger:
+            write.write_weights(self.model, folder, ledger, layout, plugin)
+            if self.args.should_save:
+                write.write_small_files(self.model, self.processing_class, folder, ledger, layout)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Hash what is written; upstream would write only the first shard of a native engine's."""
+        folder, layout = Path(output_dir), self.engine.layout
+        with self.saver.ledger(folder) as ledger:
+            if layout == "zero":
+                with write.deepspeed_into(ledger, self.model_wrapped):
+                    super()._save_optimizer_and_scheduler(output_dir)
+            else:
+                states = (self.torch_optimizer, self.lr_scheduler)
+                is_first = self.args.should_save
+                write.write_states(self.model, *states, folder, ledger, layout, is_first=is_first)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Enter each rank's own file."""
+        folder = Path(output_dir)
+        file = write.rng_file(folder, self.args)
+        with self.saver.ledger(folder) as ledger, write.recording(ledger, file):
+            super()._save_rng_state(output_dir)
+
+    # ---- restoring ----
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Restore the weights strictly; upstream leaves the experts as they are, silently.
+
+        Not called under DeepSpeed, which loads all it has at once. The files were hashed when the
+        checkpoint was chosen (`resume.choose_checkpoint`).
+        """
+        restore.restore_weights(self.model, Path(resume_from_checkpoint), self.engine.layout)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Raise where a file is missing; upstream goes on without a word."""
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        self.memory_guard.warm_up.before_loading()  # while the optimizer is still a fresh one
+        restore.restore_totals(self.metrics.totals, folder, self.args.world_size)
+        if self.engine.layout == "dtensor":
+            restore.restore_states(self.model, self.torch_optimizer, self.lr_scheduler, folder)
+        else:
+            restore.require_states(folder, self.engine.layout)
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Go back to the best checkpoint's weights, experts included."""
+        trusted = self.args.trust_checkpoint
+        best = restore.verified_best(self.state, self.saver.folder, trusted=trusted)
+        if self.engine.layout == "zero":
+            super()._load_best_model()
+        else:
+            restore.restore_weights(self.model, best, self.engine.layout)
+        logger.info("best model: %s, %s", best, self.state.best_metric)

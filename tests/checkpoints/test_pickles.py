@@ -15,8 +15,7 @@ from torchao.optim.subclass_8bit import OptimState8bit
 from torchao.optim.subclass_fp8 import OptimStateFp8
 
 from qwen3_sft.checkpoints import pickles as inert_pickle
-from qwen3_sft.checkpoints.pickled_names import IN_ARCHIVES, IN_METADATA
-from qwen3_sft.checkpoints.pickles import StandIn, read_inert
+from qwen3_sft.checkpoints.pickles import IN_ARCHIVES, IN_METADATA, StandIn, read_inert
 from qwen3_sft.checkpoints.trust import refuse_foreign_code
 from qwen3_sft.errors import CheckpointError, RefusedPickleError
 from tests.support.planted import Attack

@@ -15,9 +15,9 @@ from qwen3_sft.checkpoints import ledger as hashed_files
 from qwen3_sft.checkpoints.finite import refuse_non_finite
 from qwen3_sft.checkpoints.folders import newest_verified
 from qwen3_sft.checkpoints.free_space import bytes_to_save, refuse_full_disk
-from qwen3_sft.checkpoints.held_state import model_tensors, optimizer_tensors, plain_tensors
 from qwen3_sft.checkpoints.hub_writer import write_hub_model
 from qwen3_sft.checkpoints.manifest import MANIFEST, verify
+from qwen3_sft.checkpoints.state_tensors import model_tensors, optimizer_tensors, plain_tensors
 from qwen3_sft.errors import CheckpointError
 from tests.support.training import make_trainer
 
@@ -125,15 +125,15 @@ def test_a_disk_without_room_is_refused_before_a_byte_is_written(tiny_moe, token
 @pytest.mark.parametrize("room", [20_000, 400_000, 1_500_000])
 def test_a_disk_that_fills_while_it_is_written(tiny_moe, tokenizer, disk, room):
     trainer = make_trainer(tiny_moe, tokenizer, disk, **RUN)
-    prepare = trainer._prepare
+    prepare = trainer.saver._prepare
 
-    def prepare_and_fill(rank0):
-        needed = prepare(rank0)
+    def prepare_and_fill(*args):
+        needed = prepare(*args)
         if trainer.state.global_step == 4:
             fill(disk, but=room)
         return needed
 
-    trainer._prepare = prepare_and_fill
+    trainer.saver._prepare = prepare_and_fill
     words = r"step 4: no checkpoint was written.* \d+ bytes, \d+ are free in .*No space left"
     with pytest.raises(CheckpointError, match=words):
         trainer.train()

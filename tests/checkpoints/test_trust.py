@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from qwen3_sft.checkpoints.ledger import Ledger
 from qwen3_sft.checkpoints.manifest import MANIFEST
-from qwen3_sft.checkpoints.pickled_names import IN_ARCHIVES, IN_METADATA
-from qwen3_sft.checkpoints.pickles import read_inert
+from qwen3_sft.checkpoints.pickles import IN_ARCHIVES, IN_METADATA, read_inert
 from qwen3_sft.checkpoints.sharded import load_optimizer, save_optimizer, save_weights
 from qwen3_sft.checkpoints.trust import best_checkpoint, check_best, refuse_foreign_code
 from qwen3_sft.checkpoints.whole import load_checkpoint

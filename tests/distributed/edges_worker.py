@@ -25,8 +25,9 @@ from typing import Any
 import torch
 
 from qwen3_sft import run
-from qwen3_sft.checkpoints.held_state import local_part
 from qwen3_sft.checkpoints.ledger import Ledger
+from qwen3_sft.checkpoints.save import CheckpointSaver
+from qwen3_sft.checkpoints.state_tensors import local_part
 from qwen3_sft.training.trainer import SftTrainer
 from tests.distributed import worker
 
@@ -45,14 +46,14 @@ def _is_due(fault: str, step: int, rank: int = 1) -> bool:
 
 
 def _break_trainer() -> None:
-    publish, save = SftTrainer._publish, SftTrainer._save_checkpoint
+    publish, save = CheckpointSaver._publish, SftTrainer._save_checkpoint
     record = Ledger.record
     compute_loss, evaluate = SftTrainer.compute_loss, SftTrainer.evaluate
 
-    def failing_publish(self: Any, staging: Path, *args: Any) -> None:
-        if _is_due("EDGE_FULL_DISK_AT", self.state.global_step, rank=0):
-            raise OSError(errno.ENOSPC, "No space left on device", str(staging))
-        publish(self, staging, *args)
+    def failing_publish(self: Any, name: str, state: Any, *args: Any) -> None:
+        if _is_due("EDGE_FULL_DISK_AT", state.global_step, rank=0):
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.folder_now))
+        publish(self, name, state, *args)
 
     def spoiled_save(self: Any, *args: Any) -> None:
         if _is_due("EDGE_NAN_WEIGHT_AT", self.state.global_step):
@@ -80,7 +81,7 @@ def _break_trainer() -> None:
         if _is_due("EDGE_NAN_GRADIENT_AT", step):
             loss.register_hook(lambda gradient: gradient * math.nan)
         if _is_due("EDGE_NAN_LOSS_AT", step):
-            self._step_loss += math.nan
+            self.step_loss.total += math.nan
             return loss * math.nan
         return loss
 
@@ -91,5 +92,5 @@ def _break_trainer() -> None:
         return metrics
 
     Ledger.record = told_record
-    SftTrainer._publish, SftTrainer._save_checkpoint = failing_publish, spoiled_save
+    CheckpointSaver._publish, SftTrainer._save_checkpoint = failing_publish, spoiled_save
     SftTrainer.compute_loss, SftTrainer.evaluate = spoiled_loss, worse

@@ -108,9 +108,9 @@ def test_a_gpu_that_is_too_small_says_what_to_set(tiny_moe, tokenizer, tmp_path)
 
 def test_the_plan_check_measures_the_peak(tiny_moe, tokenizer, tmp_path):
     records = []
-    check = PlanCheck({"weights": 1}, None, records.append, steps=2)
-    trainer = cuda_trainer(tiny_moe, tokenizer, tmp_path, callbacks=(check,))
-    check.trainer = trainer
+    trainer = cuda_trainer(tiny_moe, tokenizer, tmp_path)
+    check = PlanCheck({"weights": 1}, None, records.append, trainer.metrics, "whole", steps=2)
+    trainer.add_callback(check)
     trainer.train()
     (record,) = records
     size = sum(p.numel() * p.element_size() for p in trainer.model.parameters())

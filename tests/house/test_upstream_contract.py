@@ -3,10 +3,12 @@
 Each failure names the file of ours that has to be looked at after an update.
 """
 
+import ast
 import inspect
 import math
 import resource
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,11 +30,9 @@ from transformers.generation import GenerationMixin
 from transformers.initialization import no_init_weights
 
 from monkey_patch.core import class_name
-from qwen3_sft.checkpoints.restore import CheckpointedTrainer
-from qwen3_sft.checkpoints.save import SavingTrainer
-from qwen3_sft.checkpoints.write import WritingTrainer, _cause
-from qwen3_sft.training.memory_guard import MemoryTrainer
+from qwen3_sft.checkpoints.write import _cause
 from qwen3_sft.training.trainer import SftTrainer
+from tests.support.source_tree import ROOT, place, project_files, tree_of
 
 SIGNATURES = {
     hf_checkpoint._redistribute_state_dict: ("state_dict", "reference_state_dict"),
@@ -50,7 +50,7 @@ USED_BY = {
     accelerate_helpers.__name__: "qwen3_sft/launch/accelerate_environment.py",
     revert_weight_conversion.__module__: "qwen3_sft/checkpoints/hub_writer.py",
 }
-# What of the Trainer is overridden, and with which parameters upstream calls it.
+# What of the Trainer is overridden or private and called, and its parameters.
 TRAINER = {
     "_save_checkpoint": ("model", "trial"),
     "_get_output_dir": ("trial",),
@@ -77,8 +77,42 @@ TRAINER = {
         "batch_size", "args", "resume_from_checkpoint", "trial", "ignore_keys_for_eval",
     ),
     "training_step": ("model", "inputs", "num_items_in_batch"),
+    "_get_dataloader": (
+        "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key",
+    ),
+    "_determine_best_metric": ("metrics", "trial"),
+    "_finalize_training": ("trial", "num_train_samples", "start_time"),
+    "_prepare_inputs": ("inputs",),
+    "_defer_fsdp_gradient_reduction": (),
+    "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
 }  # fmt: skip
-TRAINERS = (SftTrainer, MemoryTrainer, CheckpointedTrainer, SavingTrainer, WritingTrainer)
+TRAINER_FILE = ROOT / "qwen3_sft" / "training" / "trainer.py"
+
+
+def overridden() -> dict[str, str]:
+    """What SftTrainer puts in the place of a Trainer's own, and where."""
+    names = {n for n in vars(SftTrainer) if hasattr(Trainer, n) and not n.startswith("__")}
+    return dict.fromkeys(names, place(TRAINER_FILE))
+
+
+def called() -> dict[str, str]:
+    """The Trainer's private methods that our code uses, and where."""
+    found = {}
+    for path in project_files(".py"):
+        if path.relative_to(ROOT).parts[0] not in ("qwen3_sft", "bench"):
+            continue
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Attribute) and is_trainer(node.value, path):
+                is_private = node.attr.startswith("_") and not node.attr.startswith("__")
+                if is_private and callable(getattr(Trainer, node.attr, None)):
+                    found[node.attr] = place(path, node)
+    return found
+
+
+def is_trainer(value: ast.expr, path: Path) -> bool:
+    """Tell an expression for a trainer: `trainer`, `self.trainer`, in its own file `self`."""
+    own = ("self", "super()", "Trainer") if path == TRAINER_FILE else ()
+    return ast.unparse(value) in ("trainer", "self.trainer", "self._trainer", *own)
 
 
 def parameters(function) -> tuple[str, ...]:
@@ -99,20 +133,22 @@ def test_private_functions_take_what_we_pass(function):
 
 
 @pytest.mark.parametrize("name", TRAINER)
-def test_overridden_trainer_methods_are_called_as_they_were(name):
-    kind = next(kind for kind in TRAINERS if name in vars(kind))
-    assert parameters(getattr(Trainer, name)) == TRAINER[name], f"{kind.__module__}: {name}"
+def test_trainer_methods_are_called_as_they_were(name):
+    where = (called() | overridden())[name]
+    assert parameters(getattr(Trainer, name)) == TRAINER[name], f"{where}: {name}"
 
 
-def test_every_override_is_listed_here():
-    ours = {name for kind in TRAINERS for name in vars(kind)} & set(dir(Trainer))
-    assert {name for name in ours if not name.startswith("__")} == set(TRAINER)
+def test_every_override_and_every_private_method_is_listed_here():
+    assert set(overridden() | called()) == set(TRAINER)
+    # One that upstream takes away would be neither.
+    ours = {name for name in vars(SftTrainer) if name.startswith("_") and name[1] != "_"}
+    assert ours - set(overridden()) == set()
 
 
 def test_trainer_still_refuses_to_resume_a_natively_sharded_model():
     source = inspect.getsource(Trainer.__init__)
     guard, refusal, _ = source.partition("Resuming is not supported for models sharded at load")
-    file = "qwen3_sft/checkpoints/write.py: __init__ need not set save_only_model any more"
+    file = "qwen3_sft/checkpoints/save.py: let_sharded_models_save is not needed any more"
     assert refusal, file
     assert "not args.save_only_model" in guard[-300:], file
 
@@ -152,7 +188,7 @@ def test_fsdp2_subclasses_the_module_and_marks_it(one_process):
     assert type(module).__mro__[2] is Router, "monkey_patch/core.py: class_name"
     assert class_name(module) == "Router"
     assert type(module).forward is nn.Linear.forward, "monkey_patch/linear_cross_entropy.py"
-    assert isinstance(module.weight, DTensor), "qwen3_sft/checkpoints/held_state.py: local_part"
+    assert isinstance(module.weight, DTensor), "qwen3_sft/checkpoints/state_tensors.py: local_part"
     assert is_fsdp_managed_module(module), (
         "qwen3_sft/training/completions.py: ranks may stop generating at different tokens"
     )

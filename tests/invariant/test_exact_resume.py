@@ -4,6 +4,7 @@ Runs on several processes are compared in tests/distributed, killed ones in test
 """
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -92,5 +93,5 @@ def counters(trainer):
     ]
     return {
         "records": records, "flops": trainer.state.total_flos, "epoch": trainer.state.epoch,
-        "tokens": trainer.tokens_seen, "skipped": trainer.skipped_steps,
+        **dataclasses.asdict(trainer.metrics.totals),
     }  # fmt: skip

@@ -54,7 +54,7 @@ def test_published_sizes_of_the_30b(config):
 
 def test_what_is_alive_is_what_is_counted():
     """The bytes that a policy adds per token, of a real forward pass in float32."""
-    from tests.model.test_selective_checkpointing import LAYERS, LENGTH, make_model, step
+    from tests.model.test_activation_checkpointing import LAYERS, LENGTH, make_model, step
 
     model = make_model()
     sizes = {"compute_bytes": 4, "residual_bytes": 4, "keeps_hidden": False, "chunk_tokens": 8}

@@ -19,7 +19,7 @@ from qwen3_sft.options.args import TrainArguments
 from qwen3_sft.packing.collator import PackedCollator
 from qwen3_sft.packing.rows import PackedDataset
 from qwen3_sft.training.callbacks import EpochCallback
-from qwen3_sft.training.metrics import StepLines
+from qwen3_sft.training.metrics import Metrics, StepLines
 from qwen3_sft.training.trainer import SftTrainer
 
 PATCHES = ("scatter_moe", "varlen_attention", "router_aux_loss", "linear_cross_entropy")
@@ -83,12 +83,13 @@ def make_trainer(
         train_dataset=rows,
         eval_dataset=eval_documents and PackedDataset(eval_documents, ROW),
         callbacks=[EpochCallback(rows), *callbacks],
-        router_statistics=statistics,
-        peak_flops=None,
-        metrics_file=StepLines(folder / "metrics.jsonl"),
-        run_facts={"identity": {}},
         engine=Engine("single"),
-    )
+        metrics=Metrics(
+            args, model.config, router_statistics=statistics,
+            file=StepLines(folder / "metrics.jsonl"),
+        ),
+        run_facts={"identity": {}},
+    )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     enable_checkpointing(model, {args.checkpointing: model.config.num_hidden_layers})
     return trainer

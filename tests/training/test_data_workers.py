@@ -7,7 +7,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from qwen3_sft.launch.agent import SIGNALS
-from qwen3_sft.training.data_workers import let_workers_outlive_signals
+from qwen3_sft.training.interruption import let_workers_outlive_signals
 from tests.support.waiting import wait_until
 
 

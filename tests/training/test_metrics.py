@@ -8,8 +8,8 @@ import pytest
 from qwen3_sft.hardware import MemoryStats
 from qwen3_sft.packing.collator import BatchStats
 from qwen3_sft.plan.advice import MemorySettings
+from qwen3_sft.training.memory_guard import MemoryWatch
 from qwen3_sft.training.metrics import (
-    MemoryWatch,
     StepLines,
     Window,
     duration,

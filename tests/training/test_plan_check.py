@@ -82,12 +82,12 @@ def test_a_run_is_compared_at_its_step_once(tiny_moe, tokenizer, tmp_path, caplo
     size = sum(p.numel() * 4 for p in tiny_moe.parameters())
     planned = {"weights": size, "gradients": size, "optimizer": 2 * size, "temporaries": 5 * size}
     records = []
-    check = PlanCheck(planned, 1000.0, lambda record: records.append(copy.deepcopy(record)), 4)
     trainer = make_trainer(
-        tiny_moe, tokenizer, tmp_path, max_steps=6, optim="adamw_torch", callbacks=(check,),
+        tiny_moe, tokenizer, tmp_path, max_steps=6, optim="adamw_torch",
         optimizer_in_backward=in_backward, save_strategy="steps", save_steps=2,
     )  # fmt: skip
-    check.trainer = trainer
+    keep = lambda record: records.append(copy.deepcopy(record))  # noqa: E731
+    trainer.add_callback(PlanCheck(planned, 1000.0, keep, trainer.metrics, "whole", 4))
     with caplog.at_level("INFO", logger="qwen3_sft"):
         trainer.train()
     (record,) = records
@@ -110,9 +110,9 @@ def test_a_plan_that_is_off_asks_for_a_report_also_after_a_resume(
     arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
     make_trainer(tiny_moe, tokenizer, tmp_path, **arguments).train()
     records = []
-    check = PlanCheck({"weights": 1}, None, records.append, steps=2)
-    trainer = make_trainer(tiny_moe, tokenizer, tmp_path, callbacks=(check,), **arguments)
-    check.trainer = trainer
+    trainer = make_trainer(tiny_moe, tokenizer, tmp_path, **arguments)
+    check = PlanCheck({"weights": 1}, None, records.append, trainer.metrics, "whole", steps=2)
+    trainer.add_callback(check)
     with caplog.at_level("WARNING", logger="qwen3_sft"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert [record["step"] for record in records] == [5]

@@ -192,7 +192,7 @@ def test_a_nan_loss_is_told_once_and_not_for_ever(tiny_moe, tokenizer, tmp_path)
     trainer.train()
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     assert [math.isnan(loss) for loss in losses] == [False, True, False, False]
-    assert trainer.skipped_steps == 1
+    assert trainer.metrics.totals.skipped_steps == 1
 
 
 def test_the_last_step_is_recorded_whatever_the_interval(tiny_moe, tokenizer, tmp_path):

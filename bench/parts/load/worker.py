@@ -35,6 +35,7 @@ from qwen3_sft.options.recipe import Options, parse_options
 from qwen3_sft.packing.collator import PackedCollator
 from qwen3_sft.packing.rows import PackedDataset
 from qwen3_sft.training.arguments import completed, final_arguments
+from qwen3_sft.training.metrics import Metrics
 from qwen3_sft.training.trainer import SftTrainer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -128,7 +129,7 @@ def _place(model: Any, args: Any, engine: Engine) -> Any:
     rows = PackedDataset(documents, 256, rows_multiple_of=args.world_size)
     trainer = SftTrainer(
         model=model, args=args, data_collator=PackedCollator(256, 0), train_dataset=rows,
-        router_statistics=None, peak_flops=None, metrics_file=None, run_facts={}, engine=engine,
+        engine=engine, metrics=Metrics(args, model.config), run_facts={},
     )  # fmt: skip
     trainer._prepare_for_training(1, None, None)
     return trainer.model

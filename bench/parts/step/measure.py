@@ -33,7 +33,8 @@ from qwen3_sft.options.args import ModelArguments, TrainArguments
 from qwen3_sft.options.recipe import parse_options
 from qwen3_sft.packing.rows import PackedDataset
 from qwen3_sft.training.arguments import completed, final_arguments
-from qwen3_sft.training.metrics import StepLines
+from qwen3_sft.training.loss import loss_sums
+from qwen3_sft.training.metrics import Metrics, StepLines
 from qwen3_sft.training.trainer import SftTrainer
 
 PROFILED = 3
@@ -84,13 +85,16 @@ def _train(
             RandomDocuments(lengths, model.config.vocab_size), options.max_length,
             packing=options.packing, rows_multiple_of=options.batch,
         ),
-        router_statistics=(
-            monkey_patch.router_statistics(model) if options.router_aux_loss else None
-        ),
-        peak_flops=device_info().peak_flops["fp32" if options.dtype == "float32" else "bf16"],
-        metrics_file=StepLines(folder / "metrics.jsonl"),
-        run_facts={},
         engine=Engine("single"),
+        metrics=Metrics(
+            args, model.config,
+            router_statistics=(
+                monkey_patch.router_statistics(model) if options.router_aux_loss else None
+            ),
+            peak_flops=device_info().peak_flops["fp32" if options.dtype == "float32" else "bf16"],
+            file=StepLines(folder / "metrics.jsonl"),
+        ),
+        run_facts={},
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     watch = _Watch(trainer, options)
@@ -243,7 +247,7 @@ def _expert_load(trainer: SftTrainer) -> float:
 
     routers = [m for name, m in trainer.model.named_modules() if name.endswith("mlp.gate")]
     handles = [router.register_forward_hook(count) for router in routers]
-    trainer.loss_sums([batch])
+    loss_sums(trainer, [batch])
     for handle in handles:
         handle.remove()
     return max(worst)

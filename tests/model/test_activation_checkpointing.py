@@ -15,8 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import monkey_patch
 from qwen3_sft.demo.model import tiny_config, tiny_model
-from qwen3_sft.model.activation_checkpointing import enable_checkpointing
-from qwen3_sft.model.selective_checkpointing import KEPT
+from qwen3_sft.model.activation_checkpointing import KEPT, enable_checkpointing
 from qwen3_sft.packing.collator import PackedCollator
 
 LENGTH, LAYERS, TOP_K = 256, 3, 2
