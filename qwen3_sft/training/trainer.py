@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from qwen3_sft.errors import NonFiniteError
-from qwen3_sft.families.flops import ModelFlops, train_flops
+from qwen3_sft.families.family import family_of
+from qwen3_sft.families.flops import train_flops
 from qwen3_sft.hardware import memory_stats
 from qwen3_sft.model.layer_compile import RecompileWatch
 from qwen3_sft.packing.collator import BatchStats
@@ -59,7 +60,8 @@ class SftTrainer(InterruptibleTrainer):
         self.router_statistics = router_statistics
         self.peak_flops = peak_flops
         self.metrics_file = metrics_file
-        self.model_flops = ModelFlops.from_config(self.model.config)
+        config = self.model.config
+        self.model_flops = family_of(config).count_flops(config)
         # The loss is normalised over the whole step, accumulation included (compute_loss).
         self.loss_is_scaled_for_ga = True
         self.window = Window()
