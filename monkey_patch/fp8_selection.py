@@ -22,12 +22,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from monkey_patch.architectures import Architecture, architecture_of
 from monkey_patch.core import PatchError, class_name
 
 # _scaled_mm wants rows of this many bytes, which in FP8 are elements.
 _WIDTH = 16
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_VISION = frozenset({"visual", "vision_tower", "vision_model"})
 
 FIRST, LAST = "first decoder layer", "last decoder layer"
 NOT_ASKED_FOR = "not asked for"
@@ -72,8 +72,9 @@ def select(
         PatchError: a pattern matches nothing, nothing is left to convert, or a module that would
             be converted is an adapter's, is quantised, or has a width that is no multiple of 16.
     """
+    architecture = architecture_of(model)
     text = _text_model(model)
-    layers = _decoder_layers(model, text)
+    layers = _decoder_layers(model, text, architecture)
     kept_by_pattern = _matches(model, keep)
     kept: dict[str, str] = {}
     converted: dict[str, int] = {}
@@ -81,8 +82,9 @@ def select(
     top_k = getattr(text.config, "num_experts_per_tok", 1)
     for name, module in _owners_of_parameters(model):
         layer = next((i for i, n in enumerate(layers) if name.startswith(f"{n}.")), None)
-        reason = _reason(name, module, layer, len(layers)) or kept_by_pattern.get(name)
-        asked_for = experts if is_experts(module) else attention
+        reason = _reason(name, module, layer, len(layers), architecture)
+        reason = reason or kept_by_pattern.get(name)
+        asked_for = experts if class_name(module) in architecture.experts else attention
         reason = reason or (None if asked_for else NOT_ASKED_FOR)
         if reason is None and layer is not None:
             _refuse_unfit(model, name, module)
@@ -90,7 +92,7 @@ def select(
         elif reason is not None:
             kept[name] = reason
         if reason != "vision tower":
-            flops[reason or ""] += _flops(module, top_k)
+            flops[reason or ""] += _flops(module, top_k, architecture)
     if not converted:
         raise PatchError(_why_nothing(type(model).__name__, len(layers), kept))
     total = sum(flops.values())
@@ -108,27 +110,19 @@ def describe(selection: Selection) -> str:
     return f"FP8: {selection.share:.1%} of linear FLOPs in {layers}; BF16: {kept}"
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Tell whether transformers' `use_experts_implementation` decorated the module's class."""
-    return hasattr(type(module), "_apply_gate") and hasattr(module, "is_concatenated")
-
-
 def _text_model(model: nn.Module) -> Any:
     modules: Iterator[Any] = model.modules()
     for module in modules:
-        if getattr(module, "_no_split_modules", None) and hasattr(module, "get_decoder"):
+        if hasattr(module, "get_decoder"):
             return module.get_decoder()
     raise PatchError(f"{type(model).__name__} contains no Hugging Face model with decoder layers")
 
 
-def _decoder_layers(model: nn.Module, text: Any) -> list[str]:
+def _decoder_layers(model: nn.Module, text: Any, architecture: Architecture) -> list[str]:
     """Return the names of the text model's decoder layers in their order."""
     inside = {id(module) for module in text.modules()}
-    return [
-        name
-        for name, module in model.named_modules()
-        if id(module) in inside and class_name(module) in text._no_split_modules
-    ]
+    layers = architecture.layers_in(model)
+    return [name for name, module in layers.items() if id(module) in inside]
 
 
 def _owners_of_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -137,12 +131,14 @@ def _owners_of_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _reason(name: str, module: nn.Module, layer: int | None, num_layers: int) -> str | None:
+def _reason(
+    name: str, module: nn.Module, layer: int | None, num_layers: int, architecture: Architecture
+) -> str | None:
     """Return why a module is kept whatever was asked for."""
     kind, parts = class_name(module), name.split(".")
-    if _VISION.intersection(parts):
+    if not set(architecture.vision).isdisjoint(parts):
         return "vision tower"
-    if kind.endswith("Router") or parts[-1] == "gate":
+    if kind in architecture.routers or parts[-1] == "gate":
         return "router"
     if "Norm" in kind:
         return "norm"
@@ -154,7 +150,9 @@ def _reason(name: str, module: nn.Module, layer: int | None, num_layers: int) ->
         return FIRST
     if layer == num_layers - 1:
         return LAST
-    if not isinstance(module, nn.Linear) and not is_experts(module):
+    if any(fnmatchcase(name, pattern) for pattern in architecture.fp8_keep):
+        return "unfit for FP8"
+    if not isinstance(module, nn.Linear) and kind not in architecture.experts:
         return f"{kind}, which FP8 does not know"
     return None
 
@@ -209,13 +207,13 @@ def _refuse_unfit(model: nn.Module, name: str, module: nn.Module) -> None:
             )
 
 
-def _flops(module: Any, top_k: int) -> int:
+def _flops(module: Any, top_k: int, architecture: Architecture) -> int:
     """Return the FLOPs of a token's matrix products with the module's own weights."""
     if isinstance(module, nn.Linear):
         return 2 * module.in_features * module.out_features
-    if is_experts(module):
+    if class_name(module) in architecture.experts:
         return 2 * 3 * top_k * module.hidden_dim * module.intermediate_dim
-    if class_name(module).endswith("Router"):
+    if class_name(module) in architecture.routers:
         return 2 * module.num_experts * module.hidden_dim
     return 0
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from monkey_patch.architectures import architecture_of
 from monkey_patch.core import Patch, PatchError, Replacement, class_name
 from monkey_patch.kernels.linear_cross_entropy.op import linear_cross_entropy_sum
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 NAME = "linear_cross_entropy"
-_CLASSES = ("Qwen3MoeForCausalLM", "Qwen3VLMoeForConditionalGeneration")
 
 
 class HeadForward:
@@ -127,8 +127,9 @@ class LabelledForward:
 
 def plan(model: nn.Module) -> Iterator[Replacement]:
     """Yield the head and the forward of every causal LM inside `model` that it knows."""
+    causal_lms = architecture_of(model).causal_lms
     for name, module in model.named_modules():
-        if class_name(module) not in _CLASSES:
+        if class_name(module) not in causal_lms:
             continue
         where = name or class_name(module)
         head: Any = module.lm_head

@@ -24,22 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from monkey_patch.architectures import softmax_routers
 from monkey_patch.core import Patch, PatchError, Replacement, class_name
 from monkey_patch.kernels.router.op import Balance, route
 
 NAME = "router_aux_loss"
-
-# Classes whose forward is: linear, float32 softmax, top-k, optional renormalisation.
-# Compared in transformers 5.23.
-_ROUTERS = (
-    "Qwen2MoeTopKRouter",
-    "Qwen3MoeTopKRouter",
-    "Qwen3NextTopKRouter",
-    "Qwen3VLMoeTextTopKRouter",
-    "Qwen3OmniMoeThinkerTextTopKRouter",
-    "Qwen3_5MoeTopKRouter",
-    "OlmoeTopKRouter",
-)
 
 
 class LayerStatistics:
@@ -218,14 +207,13 @@ def plan(model: Any) -> Iterator[Replacement]:
             f"patch {NAME!r}: config.output_router_logits is True, which adds upstream's router "
             "loss as well; set it to False"
         )
-    statistics = RouterStatistics(config.router_aux_loss_coef)
+    statistics, known = RouterStatistics(config.router_aux_loss_coef), softmax_routers()
     for name, module in model.named_modules():
         kind = class_name(module)
-        if not kind.endswith(("TopKRouter", "TopkRouter")):
-            continue
-        if kind not in _ROUTERS:
-            raise PatchError(f"patch {NAME!r}: {name} is {kind}; it knows {', '.join(_ROUTERS)}")
-        yield Replacement(module, "forward", RouterForward(module, statistics).forward, name)
+        if kind in known:
+            yield Replacement(module, "forward", RouterForward(module, statistics).forward, name)
+        elif kind.endswith(("TopKRouter", "TopkRouter")):
+            raise PatchError(f"patch {NAME!r}: {name} is {kind}; it knows {', '.join(known)}")
 
 
 ROUTER_AUX_LOSS = Patch(

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from monkey_patch.architectures import architecture_of
 from monkey_patch.core import Patch, PatchError, Replacement, class_name
-from monkey_patch.fp8_selection import is_experts
 from monkey_patch.kernels.scatter_moe.op import scatter_moe
 from monkey_patch.kernels.scatter_moe.quantize import Fp8
 
@@ -68,12 +68,12 @@ def register() -> None:
 
 def plan(model: nn.Module, name: str = NAME) -> Iterator[Replacement]:
     """Yield the config attribute that names the experts implementation, once per config."""
-    seen: set[int] = set()
     for where, module in model.named_modules():
         if class_name(module) == "LigerExperts":
             raise PatchError(f"{where} is LigerExperts, which ignores it; load with swiglu=False")
-        if not is_experts(module):
-            continue
+    seen: set[int] = set()
+    experts: dict[str, Any] = architecture_of(model).experts_in(model)
+    for where, module in experts.items():
         if problem := _unsupported(module):
             raise PatchError(f"patch {name!r}: {where} ({class_name(module)}) {problem}")
         if id(module.config) not in seen:

@@ -16,15 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from monkey_patch.architectures import architecture_of, packed_model_types
 from monkey_patch.core import Patch, PatchError, Replacement, class_name
 from monkey_patch.kernels.varlen_attention.op import varlen_attention
 
 NAME = "varlen_attention"
 IMPLEMENTATION = "torch_varlen"
-
-# Decoders that hand position_ids and the cu_seq_lens on to the attention function.
-_MODEL_TYPES = ("qwen3_moe", "qwen3_vl_moe_text")
-_DECODERS = ("Qwen3MoeModel", "Qwen3VLMoeTextModel")
 
 
 def attention_forward(
@@ -153,10 +150,10 @@ def packed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def plan(model: Any) -> Iterator[Replacement]:
     """Yield the text config's name of the attention, and the forward of each decoder."""
     config = model.config.get_text_config()
-    if config.model_type not in _MODEL_TYPES:
-        raise PatchError(
-            f"patch {NAME!r}: model type {config.model_type!r}; it knows {', '.join(_MODEL_TYPES)}"
-        )
+    decoders = architecture_of(model).decoders
+    if not decoders:
+        known = ", ".join(packed_model_types())
+        raise PatchError(f"patch {NAME!r}: model type {config.model_type!r}; it knows {known}")
     if getattr(config, "sliding_window", None) is not None:
         raise PatchError(f"patch {NAME!r}: config.sliding_window is {config.sliding_window}")
     if config.attention_dropout:
@@ -166,7 +163,7 @@ def plan(model: Any) -> Iterator[Replacement]:
     where = type(config).__name__
     yield Replacement(config, "_attn_implementation_internal", IMPLEMENTATION, where)
     for name, module in model.named_modules():
-        if class_name(module) in _DECODERS:
+        if class_name(module) in decoders:
             yield Replacement(module, "forward", MethodType(packed_forward, module), name)
 
 

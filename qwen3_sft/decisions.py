@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from monkey_patch.core import Patch
 from monkey_patch.fp8_selection import Selection, describe
 from qwen3_sft.distributed.engine import Engine, check_experts, deepspeed_config, detect
+from qwen3_sft.families.family import Family, require
 from qwen3_sft.model.attention import choose_attention
 from qwen3_sft.model.fp8 import NO_FP8, Fp8Choice, choose_fp8
 from qwen3_sft.model.loading import weights_dtype
@@ -66,6 +67,7 @@ class Decisions:
     """One run.
 
     Attributes:
+        family: of the model.
         options: with everything filled in that was left open.
         engine: what spreads it over processes.
         optimizer: which one, with its arguments.
@@ -79,6 +81,7 @@ class Decisions:
         checkpoint: what the run goes on from; known once its processes have met.
     """
 
+    family: Family
     options: Options
     engine: Engine
     optimizer: OptimizerChoice
@@ -143,11 +146,12 @@ def decide(
 
     Raises:
         UsageError: options that contradict each other, the model, the engine or the device.
-        ModelError: the attention that was asked for cannot run here.
+        ModelError: the family is not trained, or the attention asked for cannot run here.
         PatchError: nothing can be converted to FP8, or a pattern to keep matches nothing.
     """
     env = os.environ if environment is None else environment
     processes = int(env.get("WORLD_SIZE", "1"))
+    family = require("train", model.config, options.model.model_name_or_path)
     engine = detect(options.model, options.data, env)
     check_experts(engine, model.config.get_text_config().num_experts)
     # Several processes are planned for GPUs, whatever is here.
@@ -160,6 +164,7 @@ def decide(
     full = completed(options, engine, processes, has_bf16=machine.has_bf16)
     plan = plan_of(options)
     decisions = Decisions(
+        family=family,
         options=full,
         engine=engine,
         optimizer=choose_optimizer(options, engine),

@@ -1,4 +1,4 @@
-"""Configurations of released models, so that planning needs no network.
+"""Configurations of released Qwen3-MoE models, so that planning needs no network.
 
 Source: config.json of the hub repositories named. Only what decides sizes is listed, where it
 differs from transformers 5.23's defaults or where those could change; rotary bases and lengths are
@@ -31,24 +31,6 @@ _235B_A22B: dict[str, Any] = _30B_A3B | {
     "num_hidden_layers": 94,
     "num_attention_heads": 64,
 }
-# Of a composite config: the same decoder, whose router always renormalises, and a vision tower.
-_VL_30B_A3B: dict[str, Any] = {
-    "text_config": {name: _30B_A3B[name] for name in _30B_A3B if name != "norm_topk_prob"},
-    "vision_config": {
-        "depth": 27,
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_heads": 16,
-        "out_hidden_size": 2048,
-        "patch_size": 16,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "num_position_embeddings": 2304,
-        "deepstack_visual_indexes": [8, 16, 24],
-    },
-    "tie_word_embeddings": False,
-}
-
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-30B-A3B": _30B_A3B,
     "Qwen/Qwen3-30B-A3B-Base": _30B_A3B,
@@ -59,6 +41,4 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-235B-A22B": _235B_A22B,
     "Qwen/Qwen3-235B-A22B-Instruct-2507": _235B_A22B,
     "Qwen/Qwen3-235B-A22B-Thinking-2507": _235B_A22B,
-    "Qwen/Qwen3-VL-30B-A3B-Instruct": _VL_30B_A3B,
-    "Qwen/Qwen3-VL-30B-A3B-Thinking": _VL_30B_A3B,
 }

@@ -191,12 +191,19 @@ def _sharding(
 
 
 def planned_model(options: Options) -> tuple[PreTrainedModel, str]:
-    """Return the model on the meta device without any download, and what had to be assumed."""
+    """Return the model on the meta device without any download, and what had to be assumed.
+
+    Raises:
+        ModelError: the model is not one that is trained.
+    """
+    from qwen3_sft.families.family import require, require_by_name
     from qwen3_sft.model.meta_model import known_config, model_on_meta
 
     name, revision = options.model.model_name_or_path, options.model.model_revision
     if config := known_config(name) or _local_config(name, revision):
+        require("train", config, name)
         return model_on_meta(config), ""
+    require_by_name("train", name)
     assumed = known_config(_ASSUMED)
     assert assumed is not None, _ASSUMED
     return model_on_meta(assumed), f"{name} is not here yet, taken to be as large as {_ASSUMED}: "

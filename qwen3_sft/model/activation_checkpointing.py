@@ -33,6 +33,8 @@ from torch.utils.checkpoint import (
 )
 from transformers import PreTrainedModel
 
+from qwen3_sft.families.family import family_of
+
 Policy = Literal["none", "selective", "full"]
 
 # From the first layer to the last: what is kept of the last ones is freed first.
@@ -63,7 +65,7 @@ def enable_checkpointing(
     """Set the policy of each decoder layer; transformers' Trainer must not set one too.
 
     Args:
-        model: a Qwen3-MoE. `selective` saves what it should only where the experts run as
+        model: of a family. `selective` saves what it should only where the experts run as
             `scatter_moe_recompute`; with other experts the result is right and the memory larger.
         layers: number of layers by policy; they add up to all.
         offload: keep the inputs of layers that compute again in host memory, pinned on a GPU.
@@ -72,10 +74,9 @@ def enable_checkpointing(
 
     Raises:
         ValueError: the counts do not add up to the model's layers.
+        ModelError: no family has its `model_type`.
     """
-    names = set(model._no_split_modules or ())
-    # FSDP2 makes each layer's class a subclass of it.
-    decoder = [m for m in model.modules() if names & {kind.__name__ for kind in type(m).__mro__}]
+    decoder = family_of(model.config).architecture.layers_in(model).values()
     policies = [policy for policy in ORDER for _ in range(layers.get(policy, 0))]
     if len(policies) != len(decoder):
         raise ValueError(f"{dict(layers)} are {len(policies)} of {len(decoder)} layers")

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import UsageError
+from qwen3_sft.families.family import family_of
 from qwen3_sft.options.args import EXPERT_PATCHES
 from qwen3_sft.options.recipe import Options
 
@@ -90,7 +91,7 @@ def compile_layers(model: PreTrainedModel, *, mode: str | None = None, backend: 
     shapes differ, run uncompiled.
 
     Args:
-        model: a Qwen3-MoE.
+        model: of a family.
         mode: as in `torch.compile`, without CUDA graphs.
         backend: as in `torch.compile`; inductor by default.
 
@@ -99,13 +100,15 @@ def compile_layers(model: PreTrainedModel, *, mode: str | None = None, backend: 
 
     Raises:
         ValueError: an unknown mode, or no decoder layer.
+        ModelError: no family has the model's `model_type`.
     """
     if mode not in _MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {_MODES}")
-    names = model._no_split_modules or []
-    layers = [module for module in model.modules() if type(module).__name__ in names]
+    architecture = family_of(model.config).architecture
+    layers = architecture.layers_in(model).values()
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no layer called {' or '.join(names)}")
+        names = " or ".join(architecture.layers)
+        raise ValueError(f"{type(model).__name__} has no layer called {names}")
     attention = model.config.get_text_config()._attn_implementation
     # It would cut a layer where a bucket of gradients ends; layers are small enough to overlap.
     torch._dynamo.config.optimize_ddp = False

@@ -1,4 +1,4 @@
-"""Find, check and load a Qwen3-MoE checkpoint; choose what computes its attention."""
+"""Find, check and load a checkpoint of a family; choose what computes its attention."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -22,6 +23,7 @@ from transformers.distributed.utils import is_local_dist_rank_0
 
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import ModelError
+from qwen3_sft.families.family import family_of, require, require_by_name
 from qwen3_sft.logs import progress_bars
 from qwen3_sft.model.host_memory import blocks_given_back, reserve_weights
 from qwen3_sft.model.trust import check_weights_files, load_config
@@ -31,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 _ALONE = Engine("single")
 
-MODEL_TYPES = ("qwen3_moe",)
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
 # What a checkpoint folder holds beside the weights, and what an export copies unchanged.
 TOKENIZER_FILES = (
@@ -54,22 +55,18 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
+        require_by_name("train", name)
         folder = _download(name, revision, CHECKPOINT_FILES)
     config = folder / "config.json"
     if not config.is_file():
         raise ModelError(f"{folder}: no config.json; --model_name_or_path must name a checkpoint")
-    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ModelError(
-            f"{folder}: model_type is {model_type!r}; this project trains {', '.join(MODEL_TYPES)}"
-        )
+    require("train", json.loads(config.read_text(encoding="utf-8")).get("model_type"), folder)
     return folder
 
 
 def num_experts(folder: Path) -> int:
     """Return the experts of each layer of a checkpoint."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config.get("num_experts") or config["num_local_experts"]
+    return load_config(folder).get_text_config().num_experts
 
 
 def resolve_tokenizer(name: str, revision: str | None = None) -> Path:
@@ -173,7 +170,7 @@ def load_model(
     use_liger = device.type == "cuda" if options.use_liger is None else options.use_liger
     if use_liger and device.type != "cuda":
         raise ModelError("--use_liger true: Liger's kernels need a CUDA device; leave it out")
-    loader: Any = AutoModelForCausalLM
+    loader = None
     if use_liger:
         from liger_kernel.transformers import AutoLigerKernelForCausalLM
 
@@ -187,17 +184,31 @@ def load_model(
     return model
 
 
-def load_strict(folder: Path, loader: Any = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
+def auto_class(config: PretrainedConfig) -> Any:
+    """Return the class of transformers that builds and loads a model of this config.
+
+    Raises:
+        ModelError: no family has its `model_type`.
+    """
+    return getattr(transformers, family_of(config).auto_class)
+
+
+def load_strict(folder: Path, loader: Any = None, **kwargs: Any) -> PreTrainedModel:
     """Run `from_pretrained` and refuse a checkpoint that does not fit the model exactly.
 
     Nothing in the folder can run code: the classes are transformers' own, and weights are read from
     safetensors files alone.
 
+    Args:
+        folder: of the checkpoint.
+        loader: an auto class; that of the model's family by default.
+        **kwargs: of `from_pretrained`.
+
     Raises:
         ModelError: naming up to five weights that are missing, unexpected or mismatched; or the
             folder has no safetensors files, or names code or files of elsewhere.
     """
-    load_config(folder)
+    loader = loader or auto_class(load_config(folder))
     check_weights_files(folder)
     kwargs |= {"use_safetensors": True, "trust_remote_code": False}
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))

@@ -5,20 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen3MoeConfig,
-    Qwen3VLMoeConfig,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from qwen3_sft.demo.build import NAME as DEMO
 from qwen3_sft.demo.build import VOCAB_SIZE
 from qwen3_sft.demo.model import tiny_config
-from qwen3_sft.families.known_models import KNOWN_CONFIGS
-from qwen3_sft.model.loading import resolve_model
+from qwen3_sft.families.family import families, require
+from qwen3_sft.model.loading import auto_class, resolve_model
 from qwen3_sft.model.trust import load_config
 
 
@@ -26,18 +19,22 @@ def known_config(name: str) -> PretrainedConfig | None:
     """Return the configuration of a model that is known without network or checkpoint."""
     if name == DEMO:
         return tiny_config(VOCAB_SIZE)
-    if name not in KNOWN_CONFIGS or Path(name).is_dir():
+    if Path(name).is_dir():
         return None
-    values = KNOWN_CONFIGS[name]
-    return Qwen3VLMoeConfig(**values) if "vision_config" in values else Qwen3MoeConfig(**values)
+    for family in families():
+        if values := family.known_configs.get(name):
+            return AutoConfig.for_model(family.model_types[0], **values)
+    return None
 
 
 def model_on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """Build a model without memory: the decoder, and the vision tower of a composite config."""
-    is_composite = "vision_config" in config.sub_configs
-    kind = AutoModelForImageTextToText if is_composite else AutoModelForCausalLM
+    """Build a model without memory: the decoder, and the vision tower of a composite config.
+
+    Raises:
+        ModelError: no family has its `model_type`.
+    """
     with torch.device("meta"):
-        return kind.from_config(config)
+        return auto_class(config).from_config(config)
 
 
 def meta_model(name: str, revision: str | None = None) -> PreTrainedModel:
@@ -47,6 +44,7 @@ def meta_model(name: str, revision: str | None = None) -> PreTrainedModel:
         ModelError: the model cannot be found or trained.
     """
     if config := known_config(name):
+        require("train", config, name)
         return model_on_meta(config)
     folder = resolve_model(name, revision)
     return model_on_meta(load_config(folder))

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from qwen3_sft.families.family import family_of
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -24,9 +26,14 @@ class Sizes:
 
     @classmethod
     def of(cls, model: Any) -> Sizes:
-        """Measure a model, which may be on the meta device."""
-        layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
-        experts = [m for m in model.modules() if type(m).__name__.endswith("Experts")]
+        """Measure a model, which may be on the meta device.
+
+        Raises:
+            ModelError: no family has its `model_type`.
+        """
+        architecture = family_of(model.config).architecture
+        layers = architecture.units_in(model).values()
+        experts = architecture.experts_in(model).values()
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         return cls(
             model=_elements(model),

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from qwen3_sft.families.flops import ModelFlops, num_parameters
+from qwen3_sft.families.family import family_of
 from qwen3_sft.hardware import find_device
 from qwen3_sft.model.activation_checkpointing import Policy
 
@@ -166,7 +166,7 @@ def step_time(
     forward, backward = count.forward(), count.backward()
     recompute = count.recompute(forward, layers, keeps_hidden=keeps_hidden)
     head = label_fraction * count.head()
-    parameters = num_parameters(config).total
+    parameters = family_of(config).count_parameters(config).total
     parts = {name: forward[name] + backward[name] for name in forward}
     parts |= {"lm_head": head, "recompute": recompute}
     per_token = {name: seconds * (1 + rates.overhead) for name, seconds in parts.items()}
@@ -202,7 +202,7 @@ class _Times:
 
     def __init__(self, config: Any, rates: Efficiency, tokens: int, mean_length: float) -> None:
         self.config, self.rates, self.tokens = config, rates, tokens
-        self.flops = ModelFlops.from_config(config)
+        self.flops = family_of(config).count_flops(config)
         self.scores = self.flops.scores * mean_length / 2
         self.dense = self.flops.attention_projections + self.flops.router + self.flops.dense_mlp
         heads = 2 * config.num_attention_heads + 3 * config.num_key_value_heads

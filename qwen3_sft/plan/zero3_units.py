@@ -46,6 +46,7 @@ from torch import nn
 
 from qwen3_sft.distributed.engine import require_deepspeed
 from qwen3_sft.errors import UsageError
+from qwen3_sft.families.family import family_of
 
 
 class Unit(NamedTuple):
@@ -176,8 +177,8 @@ def _outermost(module: nn.Module) -> Iterator[nn.Module]:
         yield from _outermost(child)
 
 
-def _moe_blocks(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if type(m).__name__.endswith("SparseMoeBlock")]
+def _moe_blocks(model: Any) -> list[nn.Module]:
+    return list(family_of(model.config).architecture.blocks_in(model).values())
 
 
 def _moe_layers(model: nn.Module) -> list[nn.Module]:

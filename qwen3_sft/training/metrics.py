@@ -21,7 +21,8 @@ from transformers import TrainerState
 
 from qwen3_sft.checkpoints.manifest import Totals
 from qwen3_sft.distributed.process_group import sum_over_ranks
-from qwen3_sft.families.flops import ModelFlops, train_flops
+from qwen3_sft.families.family import family_of
+from qwen3_sft.families.flops import train_flops
 from qwen3_sft.hardware import MemoryStats
 from qwen3_sft.model.layer_compile import RecompileWatch
 from qwen3_sft.packing.collator import BatchStats
@@ -140,7 +141,7 @@ class Metrics:
         self.router_statistics = router_statistics
         self.recompile_watch = RecompileWatch() if args.compiles_layers else None
         self._args, self._peak_flops, self._file = args, peak_flops, file
-        self._model_flops = ModelFlops.from_config(config)
+        self._model_flops = family_of(config).count_flops(config)
         self._last_step = 0
 
     def begin(self, step: int) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from qwen3_sft.families.family import families
 from qwen3_sft.families.flops import num_parameters
-from qwen3_sft.families.known_models import KNOWN_CONFIGS
-from qwen3_sft.model.meta_model import known_config, meta_model
+from qwen3_sft.model.meta_model import known_config, model_on_meta
 
 # 30.5 and 235 billion by the models' names and cards; 538,631,408 is what TorchTitan's published
 # FLOPs of Qwen3-VL-30B-A3B imply for its vision tower.
@@ -17,13 +17,14 @@ RELEASED = {
     "Qwen3-235B-A22B": 235_093_634_560,
     "Qwen3-VL-30B-A3B": 30_532_122_624 + 538_631_408,
 }
+KNOWN = [name for known in families() for name in known.known_configs]
 ACTIVE = {"Qwen3-30B-A3B": 3.35e9, "Qwen3-235B-A22B": 22.2e9}
 
 
-@pytest.mark.parametrize("name", KNOWN_CONFIGS)
+@pytest.mark.parametrize("name", KNOWN)
 def test_parameters_are_those_released(name):
     (size,) = (n for family, n in RELEASED.items() if name.split("/")[1].startswith(family))
-    model = meta_model(name)
+    model = model_on_meta(known_config(name))
     parameters = list(model.parameters())
     assert sum(p.numel() for p in parameters) == size
     assert all(p.is_meta for p in parameters)
@@ -40,7 +41,7 @@ def test_active_parameters_give_the_models_their_names(name, active):
 
 
 def test_the_vision_model_has_both_towers():
-    model = meta_model("Qwen/Qwen3-VL-30B-A3B-Instruct")
+    model = model_on_meta(known_config("Qwen/Qwen3-VL-30B-A3B-Instruct"))
     tower: nn.Module = model.model.visual
     assert sum(p.numel() for p in tower.parameters()) == 538_631_408
     decoder = sum(p.numel() for p in model.parameters()) - 538_631_408

@@ -28,8 +28,9 @@ LAYERS = (
 )
 
 MAY_IMPORT_MONKEY_PATCH = {
-    "build", "dry_run", "model.patches", "plan.planner", "run"
+    "build", "decisions", "dry_run", "model.patches", "plan.planner", "run"
 }  # fmt: skip
+ARCHITECTURES = "monkey_patch.architectures"
 KERNELS_MAY_IMPORT = {"torch", "triton", "numpy"}
 NEVER_AT_TOP_LEVEL = {"deepspeed", "liger_kernel", "flash_attn", "wandb"}
 
@@ -38,6 +39,7 @@ PURE_CALLS = {
     "logging.getLogger", "re.compile", "frozenset", "object", "map", "get_args", "tuple", "dict",
     "set", "sorted", "Path", "'|'.join", "_XML_HEAD.format", "_XML_TAIL.format",
     "functools.partial", "partial", "replace", "field", "TypeVar", "Path(__file__).with_name",
+    "dataclasses.fields",
 }  # fmt: skip
 
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
@@ -85,21 +87,29 @@ def test_no_circle():
 
 
 def test_only_few_modules_know_the_patches():
-    outside = [
-        place(path, node)
+    imports = [
+        (name.removeprefix("qwen3_sft."), place(path, node))
         for name, path in SFT.items()
-        if name.removeprefix("qwen3_sft.") not in MAY_IMPORT_MONKEY_PATCH
         for imported, node in imports_of(tree_of(path))
         if imported.split(".")[0] == "monkey_patch"
+        # A family brings the names of its modules along; it knows nothing of the patches.
+        and not (wing_of(name) == "families" and imported.startswith(ARCHITECTURES))
     ]
+    outside = [where for name, where in imports if name not in MAY_IMPORT_MONKEY_PATCH]
     assert not outside, f"only {sorted(MAY_IMPORT_MONKEY_PATCH)} import monkey_patch: {outside}"
-    knowing = {
-        name.removeprefix("qwen3_sft.")
-        for name, path in SFT.items()
-        for imported, _ in imports_of(tree_of(path))
-        if imported.split(".")[0] == "monkey_patch"
-    }
+    knowing = {name for name, _ in imports}
     assert knowing == MAY_IMPORT_MONKEY_PATCH, "permitted, and no longer needed"
+
+
+def test_families_and_architectures_need_little():
+    """Every wing and patch may ask them, and a new family is one file."""
+    ours = (ARCHITECTURES, "qwen3_sft.families", "qwen3_sft.errors", "qwen3_sft.hardware")
+    for name, path in modules().items():
+        if name != ARCHITECTURES and wing_of(name) != "families":
+            continue
+        for imported, node in imports_of(tree_of(path), top_level_only=True):
+            is_known = imported.split(".")[0] in sys.stdlib_module_names or imported == "qwen3_sft"
+            assert is_known or imported.startswith(ours), f"{place(path, node)} imports {imported}"
 
 
 @pytest.mark.parametrize("name", sorted(PATCHES))
@@ -110,8 +120,9 @@ def test_monkey_patch_stands_alone(name):
         where, root = place(PATCHES[name], node), imported.split(".")[0]
         assert root not in ("qwen3_sft", "trl"), f"{where} imports {root}"
         if root == "monkey_patch":
-            below = ("monkey_patch.core", "monkey_patch.fp8_selection", "monkey_patch.kernels")
-            below = below[2:] if is_kernel else below
+            below = ("monkey_patch.kernels",)
+            if not is_kernel:
+                below += ("monkey_patch.core", "monkey_patch.fp8_selection", ARCHITECTURES)
             if name == "monkey_patch.experts_fp8":
                 below += ("monkey_patch.scatter_moe",)
             if name == "monkey_patch.core":

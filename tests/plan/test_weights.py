@@ -13,7 +13,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from qwen3_sft.demo.model import tiny_config
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.families.known_models import KNOWN_CONFIGS
-from qwen3_sft.model.meta_model import known_config, meta_model, model_on_meta
+from qwen3_sft.model.meta_model import known_config, model_on_meta
 from qwen3_sft.optimizers.choice import OptimizerChoice
 from qwen3_sft.plan.weights import GIB, Plan, memory_plan
 from tests.support.source_tree import ROOT
@@ -190,7 +190,9 @@ def test_an_optimizer_that_is_not_known_is_planned_as_adamw(model):
 
 
 def test_a_vision_tower_is_counted():
-    plan = on_one_gpu(meta_model("Qwen/Qwen3-VL-30B-A3B-Instruct"), EIGHT_BITS)
+    config = known_config("Qwen/Qwen3-VL-30B-A3B-Instruct")
+    assert config is not None
+    plan = on_one_gpu(model_on_meta(config), EIGHT_BITS)
     assert plan.parameters == PARAMETERS + 538_631_408
     assert plan.components()["weights"] == 2 * plan.parameters
     assert plan.components()["gradients"] == 2 * 603_979_776
