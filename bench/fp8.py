@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parts.provenance import provenance
-from parts.result_file import write
+from parts.result_file import provenance, write
 from parts.step.measure import attempt
 from parts.step.options import StepOptions, pick
 from step import parser
