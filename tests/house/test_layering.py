@@ -28,7 +28,7 @@ LAYERS = (
 )
 
 MAY_IMPORT_MONKEY_PATCH = {
-    "build", "dry_run", "model.patches", "plan.planner", "run"
+    "build", "dry_run", "model.fp8", "model.patches", "plan.planner", "run"
 }  # fmt: skip
 KERNELS_MAY_IMPORT = {"torch", "triton", "numpy"}
 NEVER_AT_TOP_LEVEL = {"deepspeed", "liger_kernel", "flash_attn", "wandb"}
