@@ -27,9 +27,8 @@ from typing import Any
 
 import torch
 import xxhash
-from parts.load.checkpoint import SIZES, config_of
-from parts.provenance import provenance
-from parts.result_file import write
+from parts.random_checkpoint import SIZES, config_of
+from parts.result_file import provenance, write
 from transformers import AutoModelForCausalLM
 
 from qwen3_sft.checkpoints.hub_writer import write_hub_model

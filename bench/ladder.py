@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from parts.ladder_table import readme
-from parts.provenance import provenance
-from parts.result_file import write
+from parts.result_file import provenance, write
 from parts.step.measure import attempt
 from parts.step.options import TRANSFORMERS, StepOptions, pick
 from step import parser

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from parts.provenance import provenance
-from parts.result_file import write
+from parts.result_file import provenance, write
 from transformers import PreTrainedTokenizerBase
 
 from qwen3_sft.demo.build import build_demo

@@ -1,124 +1,140 @@
-"""Memory of each process while a checkpoint is loaded: `python bench/load.py`, two minutes.
+"""Host memory of each process while a checkpoint is loaded, in the order of a run.
 
-A random Qwen3-MoE of 1.08 GB in bfloat16 (`parts/load/checkpoint.py`) is loaded by every engine in
-two gloo processes on this CPU, each in the order of a run (`parts/load/worker.py`), weights in
-float32 as under autocast. Against the time before loading, per process:
+    python bench/load.py                                        one process
+    torchrun --nproc_per_node 2 bench/load.py                   DDP
+    torchrun --nproc_per_node 2 bench/load.py --fsdp_size 2     native FSDP2, also with --ep_size 2
+
+A random Qwen3-MoE of 1.08 GB in bfloat16 (`parts/random_checkpoint.py`) is loaded in float32;
+options of `qwen3-sft train` may follow. Against the time before loading, bytes of each process:
 
     own     anonymous memory at the worst moment, sampled every 2 ms
     kept    the weights it trains afterwards, its shard or all of them
     left    anonymous memory at the end beyond `kept`
     mapped  pages of the checkpoint's files in its address space: cache, which the kernel takes back
 
-On a CPU the device's memory is host memory too. What carries over to a run on GPUs: everything of
-`single`, `ddp` and of `fsdp` while loading, because they read to the host first; of `native` only
-`mapped`, because it reads each slice straight to the device, where `own` is needed then; of `zero3`
-`mapped` and what rank 0 needs beyond the others (experts are fused there), because tensors are
-gathered on the device. ZeRO-3 stops at the loaded model: DeepSpeed's own start, for which
-`qwen3_sft/plan/weights.py` has a row, takes master weights and optimizer along. `as found` is
-without what `qwen3_sft/model/loading.py` does about host memory.
+On a CPU the device's memory is host memory too; on GPUs native loading needs `own` there instead.
+`results/load_memory_cpu.json` holds every engine, ZeRO-3 and accelerate's FSDP included, and both
+with glibc's and accelerate's defaults (`as found`); a larger script measured it at commit 0267167.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import socket
+import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from parts.load.checkpoint import SIZES, config_of, make_checkpoint
-from parts.load.launch import LAUNCHES
-from parts.load.table import BF16_BYTES, summary, table
-from parts.load.worker import Job, work
-from parts.provenance import provenance
-from parts.result_file import write
+import torch.distributed as dist
+from parts.random_checkpoint import SIZES, make_checkpoint
+from parts.result_file import provenance
+from torch.distributed.tensor import DTensor
 
-from qwen3_sft.model.meta_model import model_on_meta
+import monkey_patch
+from qwen3_sft.decisions import Machine, decide
+from qwen3_sft.distributed.process_group import join_process_group, leave_process_group
+from qwen3_sft.model.loading import load_model
+from qwen3_sft.model.meta_model import meta_model
+from qwen3_sft.options.recipe import parse_options
+from qwen3_sft.training.arguments import final_arguments
 
-AS_FOUND = " as found"
-NAMES = (*LAUNCHES, f"native fsdp 2{AS_FOUND}", f"fsdp{AS_FOUND}")
-TIMEOUT_S = 180
-RESULT = Path(__file__).parent / "results" / "load_memory_cpu.json"
+INTERVAL_S = 0.002
+STATUS = Path("/proc/self/status")
 
 
-def measure(job: Job) -> list[dict[str, Any]]:
-    """Load in as many processes as the engine takes; return what each of them found.
+class HostMemory:
+    """Sample this process's memory inside a `with`, in a thread.
 
-    Raises:
-        SystemExit: one of them failed or took too long; its output is printed.
+    Attributes:
+        own: bytes of anonymous and shared memory on top of what there was, at the worst moment.
+        mapped: the same of mapped files' pages, whose worst moment may be another.
+        own_after: likewise at the end.
     """
-    ranks = range(job.launch.processes)
-    # Forked: imports are done, and what they hold is the same for all.
-    processes = [get_context("fork").Process(target=work, args=(job, rank)) for rank in ranks]
-    for process in processes:
-        process.start()
-    try:
-        for rank, process in zip(ranks, processes, strict=True):
-            process.join(TIMEOUT_S)
-            if process.exitcode:
-                log = job.out(rank).with_suffix(".log").read_text(errors="replace")
-                raise SystemExit(f"{job.engine}, rank {rank}: {process.exitcode}\n{log[-4000:]}")
-            if process.exitcode is None:
-                raise SystemExit(f"{job.engine}, rank {rank}: not done in {TIMEOUT_S} s")
-    finally:
-        for process in processes:
-            process.kill()
-    return [json.loads(job.out(rank).read_text(encoding="utf-8")) for rank in ranks]
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        self._start = _resident()
+        self.own = self.mapped = self.own_after = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop, and read what is left."""
+        self._done.set()
+        self._thread.join()
+        self._look()
+
+    def _sample(self) -> None:
+        while not self._done.wait(INTERVAL_S):
+            self._look()
+
+    def _look(self) -> None:
+        own, mapped = (now - start for now, start in zip(_resident(), self._start, strict=True))
+        self.own, self.mapped, self.own_after = max(self.own, own), max(self.mapped, mapped), own
 
 
-def make_in_another_process(folder: Path, size: str) -> None:
-    """Write the checkpoint without leaving traces of that in this process's heap."""
-    process = get_context("fork").Process(target=make_checkpoint, args=(folder, size))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit(f"{folder}: no checkpoint could be written, code {process.exitcode}")
+def _resident() -> tuple[int, int]:
+    lines = STATUS.read_text(encoding="ascii").splitlines()
+    fields = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
+    kib = {name: int(text.split()[0]) for name, text in fields.items()}
+    return 1024 * (kib["RssAnon"] + kib["RssShmem"]), 1024 * kib["RssFile"]
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def measure(checkpoint: Path, words: Sequence[str]) -> dict[str, Any]:
+    """Load as a run with these options would; return bytes of this process."""
+    options = parse_options(
+        ["--model_name_or_path", str(checkpoint), "--output_dir", f"{checkpoint}_run",
+         "--dataset", "none.jsonl", "--max_steps", "1", "--save_strategy", "no", *words]
+    )  # fmt: skip
+    decisions = decide(options, meta_model(str(checkpoint)), Machine.here(options.train))
+    options, engine = decisions.options, decisions.engine
+    join_process_group(options.train.dist_timeout_s, options.train.ddp_backend)
+    args = final_arguments(options, engine)
+    torch.zeros(1, device=args.device)  # a device's context is no part of loading
+    if dist.is_initialized():
+        dist.barrier()
+    with HostMemory() as memory:
+        model: Any = load_model(
+            checkpoint, options.model, args.device, decisions.weights, decisions.attention_name,
+            engine=engine, compute=decisions.compute,
+        )  # fmt: skip
+        monkey_patch.apply_patches(model, decisions.patches)
+        if engine.layout == "whole":
+            model.to(args.device)
+        gc.collect()
+    leave_process_group()
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    kept = sum(t.numel() * t.element_size() for t in local)
+    return {
+        "engine": str(engine), "rank": args.process_index, "own": memory.own, "kept": kept,
+        "left": memory.own_after - kept, "mapped": memory.mapped, "own_of_kept": memory.own / kept,
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure all engines, print the table and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES, metavar="ENGINE")
+    """Make the checkpoint unless it is there, measure this process and print a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--size", choices=SIZES, default="1gb")
-    parser.add_argument("--folder", type=Path, help="for checkpoints; reused, default: temporary")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    options = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    model = model_on_meta(config_of(options.size))
-    elements = [parameter.numel() for parameter in model.parameters()]
-    report: dict[str, Any] = {
-        "benchmark": "load",
-        **provenance(),
-        "size": options.size,
-        "config": SIZES[options.size],
-        "parameters": sum(elements),
-        "largest_tensor": max(elements),
-        "results": [],
-    }
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        make_in_another_process(folder, options.size)
-        for name in options.only:
-            engine, is_as_found = name.removesuffix(AS_FOUND), name.endswith(AS_FOUND)
-            job = Job(engine, is_as_found, folder / options.size, Path(temporary), _free_port())
-            ranks = [
-                {**rank, "summary": summary(rank, BF16_BYTES * sum(elements))}
-                for rank in measure(job)
-            ]
-            report["results"].append({"name": name, "ranks": ranks})
-            print(f"{name}: done", flush=True)
-    write(options.out, json.dumps(report, indent=1) + "\n")
-    print(table(report))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "bench_load"))
+    options, words = parser.parse_known_args(argv)
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if not torch.cuda.is_available():
+        words += ["--use_cpu", "true", *([] if is_alone else ["--ddp_backend", "gloo"])]
+    if os.environ.get("RANK", "0") == "0":  # the others meet it where the group is made
+        # In a process of its own, which leaves no traces in this one's heap.
+        making = options.folder, options.size
+        maker = get_context("fork").Process(target=make_checkpoint, args=making)
+        maker.start()
+        maker.join()
+    print(json.dumps(measure(options.folder / options.size, words) | provenance()), flush=True)
 
 
 if __name__ == "__main__":

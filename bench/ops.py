@@ -27,7 +27,7 @@ from parts.ops.peers import PEERS
 from parts.ops.process import Process
 from parts.ops.table import table
 from parts.ops.worker import ROOF
-from parts.result_file import write
+from parts.result_file import provenance, write
 
 NAMES = (*PEERS, ROOF)
 # Our own first, then what its times are read against. grouped_mm_compiled runs only when
@@ -51,8 +51,6 @@ class Race:
         self.deadline = time.monotonic() + options.seconds
         # All start at once: the imports of one are done while another is measured.
         self.processes = {name: Process(name) for name in options.only}
-        from parts.provenance import provenance  # imports for seconds, which they do meanwhile
-
         self.report: dict[str, Any] = {"benchmark": "ops", **provenance()}
         self.report["command"] = {
             name: str(value) if isinstance(value, Path) else value

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from parts.provenance import provenance
+from parts.result_file import provenance
 
 from qwen3_sft.packing.rows import pack
 

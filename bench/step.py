@@ -21,8 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from parts.provenance import provenance
-from parts.result_file import write
+from parts.result_file import provenance, write
 from parts.step.breakdown import table
 from parts.step.measure import attempt, resolve
 from parts.step.options import ROWS, StepOptions, pick, row_options

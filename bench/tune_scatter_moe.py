@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import triton
 from parts.ops.case import Case
-from parts.result_file import write
+from parts.result_file import provenance, write
 from parts.tune.candidates import INTERPRETER, Compiled, Compiling, candidates
 from parts.tune.measure import PRODUCTS, Timing, Workload
 from parts.tune.table import Row, cut_row, fastest, row_of, table_text, tflops, updated
@@ -255,10 +255,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile, time, print the tables and write what `--out` and `--write` name."""
     options = parse(argv)
-    from parts.provenance import (
-        provenance,  # not above: the compilers' processes import this file, too
-    )
-
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     command = vars(options) | {"out": str(options.out), "write": str(options.write)}
     facts = {"benchmark": "tune_scatter_moe", **provenance(), "date": date, "command": command}

@@ -1,14 +1,10 @@
-"""Which devices multiply FP8, and which take the scales of mxfp8.
-
-`qwen3_sft/model/fp8.py` refuses the same devices before a model is loaded. It may not import the
-patches, nor they it, so that the two numbers stand there once more; tests/model/test_fp8.py
-compares the two.
-"""
+"""Which devices multiply FP8, and which take the scales of mxfp8."""
 
 from __future__ import annotations
 
-_FP8 = (8, 9)
-_MXFP8 = (10, 0)  # tensor cores that take a power of two for every 32 values
+# Compute capabilities.
+FP8_SINCE = (8, 9)
+MXFP8_SINCE = (10, 0)  # tensor cores that take a power of two for every 32 values
 
 
 def fp8_problem(device: str, capability: tuple[int, int], scaling: str = "") -> str | None:
@@ -24,15 +20,15 @@ def fp8_problem(device: str, capability: tuple[int, int], scaling: str = "") -> 
     if device != "cuda":
         return f"a device without FP8: {device}; it runs on CUDA and, emulated, on a CPU"
     has = f"compute capability {capability[0]}.{capability[1]}"
-    if capability < _FP8:
+    if capability < FP8_SINCE:
         return (
-            f"a device without FP8: {has}, FP8 needs {_FP8[0]}.{_FP8[1]} (Ada, Hopper, Blackwell) "
-            "or higher; leave FP8 off"
+            f"a device without FP8: {has}, FP8 needs {FP8_SINCE[0]}.{FP8_SINCE[1]} "
+            "(Ada, Hopper, Blackwell) or higher; leave FP8 off"
         )
-    if scaling == "mxfp8" and capability < _MXFP8:
+    if scaling == "mxfp8" and capability < MXFP8_SINCE:
         return (
-            f"a device without mxfp8: {has}, its scales need {_MXFP8[0]}.{_MXFP8[1]} (Blackwell) "
-            "or higher; set the scaling blockwise"
+            f"a device without mxfp8: {has}, its scales need {MXFP8_SINCE[0]}.{MXFP8_SINCE[1]} "
+            "(Blackwell) or higher; set the scaling blockwise"
         )
     return None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 from qwen3_sft.chat.templates import CONTROL_TOKENS
@@ -30,12 +29,6 @@ class Rendered:
     def text(self) -> str:
         """The whole text."""
         return "".join(piece.text for piece in self.pieces)
-
-    @property
-    def trained_texts(self) -> list[str]:
-        """The stretches that carry labels, in order."""
-        runs = groupby(self.pieces, key=lambda piece: piece.trained)
-        return ["".join(piece.text for piece in run) for trained, run in runs if trained]
 
     def fully_trained(self) -> Rendered:
         """Return the same text with a label on every token."""

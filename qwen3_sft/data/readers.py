@@ -12,7 +12,6 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -51,19 +50,6 @@ class RowSource(Protocol):
     def identity(self, digest: Digest) -> str:
         """Return a string that changes whenever the rows may have."""
         ...
-
-
-def iter_rows(
-    args: DataArguments, *, eval: bool = False, tally: Tally | None = None
-) -> Iterator[Row]:
-    """Yield (location, row) of all sources, at most `max_rows`.
-
-    Raises:
-        DataError: if a source does not exist or cannot be read.
-    """
-    counted = Tally() if tally is None else tally
-    rows = (row for source in find_sources(args, eval=eval) for row in source.rows(counted))
-    return islice(rows, args.max_rows)
 
 
 def find_sources(args: DataArguments, *, eval: bool = False) -> list[RowSource]:

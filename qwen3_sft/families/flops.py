@@ -1,4 +1,4 @@
-"""Exact model FLOPs of a packed batch, and the two public conventions to compare with.
+"""Exact model FLOPs of a packed batch.
 
 Honest MFU needs the work the model itself asks for: matrix products only (2 FLOPs per
 multiply-add), the top-k experts a token really visits, attention inside the real documents, and
@@ -6,9 +6,9 @@ multiply-add), the top-k experts a token really visits, attention inside the rea
 a config: no torch, no device.
 
 Causal attention counts half of a document's l x l pairs, l^2 / 2, as Megatron and the literature
-do; the diagonal that the exact l * (l + 1) / 2 would add is 1 / l of it. The trap: TorchTitan
-counts all l^2 pairs of the full row, so its figure for one and the same run is 1.2x ours at 4,096
-tokens and 1.9x at 131,072. Compare tokens per second, or one convention with itself.
+do; the diagonal that the exact l * (l + 1) / 2 would add is 1 / l of it. Other projects count
+otherwise (`bench/parts/flops_conventions.py`): compare tokens per second, or one convention with
+itself.
 """
 
 from __future__ import annotations
@@ -146,31 +146,6 @@ def num_parameters(config: Any) -> ParameterCount:
         total=rest + experts * config.num_experts,
         active=rest + experts * config.num_experts_per_tok,
     )
-
-
-def torchtitan_flops_per_token(config: Any, seq: int) -> int:
-    """Forward and backward FLOPs per token as TorchTitan's log counts them.
-
-    Six per active parameter outside the input embedding (norms included), plus full, not causal,
-    attention over rows of `seq` tokens. Source: `get_moe_model_nparams_and_flops` in
-    torchtitan/models/utils.py of pytorch/torchtitan, commit 76dd118b.
-    """
-    input_embedding = 0 if config.tie_word_embeddings else _weights(config).lm_head
-    active = num_parameters(config).active - input_embedding
-    return 6 * active + 3 * ModelFlops.from_config(config).scores * seq
-
-
-def nvidia_flops_per_token(config: Any, seq: int) -> float:
-    """Forward and backward FLOPs per token as NeMo Automodel and Megatron-Core count them.
-
-    Causal attention over rows of `seq` tokens and no router; every layer is taken for a MoE layer.
-    Megatron-Bridge agrees at constant length. Source: `qwen3_flops` in
-    nemo_automodel/components/utils/flops_utils.py of NVIDIA-NeMo/Automodel, commit b3711ff0.
-    """
-    flops, weights = ModelFlops.from_config(config), _weights(config)
-    active_experts = config.num_hidden_layers * config.num_experts_per_tok * weights.expert
-    linear = flops.attention_projections + 2 * active_experts + flops.lm_head
-    return 3 * (linear + flops.scores * seq / 2)
 
 
 def _weights(config: Any) -> _Weights:

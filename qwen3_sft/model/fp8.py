@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from monkey_patch.kernels.fp8_device import FP8_SINCE, MXFP8_SINCE
 from qwen3_sft.errors import UsageError
 from qwen3_sft.hardware import find_device
 from qwen3_sft.options.args import EXPERT_PATCHES, ModelArguments
@@ -25,9 +26,6 @@ logger = logging.getLogger(__name__)
 # The column of the table beside `experts`, where a device takes mxfp8.
 MXFP8_EXPERTS = "experts_mxfp8"
 TABLE = Path(__file__).with_name("fp8_measured.json")
-# Compute capabilities; monkey_patch/kernels/fp8_device.py says the same, and neither may import the
-# other.
-_OLDEST, _OLDEST_MXFP8 = (8, 9), (10, 0)
 
 
 @dataclass(frozen=True)
@@ -107,16 +105,11 @@ def device_problem(capability: tuple[int, int], scaling: str = "") -> str | None
         scaling: of the experts, if they are to run in FP8.
     """
     name = f"sm_{capability[0]}{capability[1]}"
-    if capability < _OLDEST:
+    if capability < FP8_SINCE:
         return f"{name} and FP8 begins with sm_89 (Ada, Hopper, Blackwell); leave it out"
-    if scaling == "mxfp8" and capability < _OLDEST_MXFP8:
+    if scaling == "mxfp8" and capability < MXFP8_SINCE:
         return f"{name} and mxfp8 begins with sm_100 (Blackwell); set --fp8_scaling blockwise"
     return None
-
-
-def takes_mxfp8(device: torch.device) -> bool:
-    """Tell whether a GPU takes the scales of mxfp8; a CPU only emulates them."""
-    return device.type == "cuda" and device_problem(_capability(device), "mxfp8") is None
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

@@ -93,11 +93,6 @@ class Plan:
         """The total on each GPU in GiB."""
         return sum(self.gpu.values()) / GIB
 
-    @property
-    def host_gib(self) -> float:
-        """All rows of a host in GiB, which it needs at most."""
-        return sum(self.host.values()) / GIB
-
     def lines(self, gpu_memory_gib: float | None = None) -> Iterator[str]:
         """Yield the lines to print, beside what a GPU has if that is known."""
         count = f"{self.parameters / 1e9:.3f} billion parameters"

@@ -57,16 +57,6 @@ class Unit(NamedTuple):
     parameters: int
 
 
-def zero3_units(model: nn.Module, config: Mapping[str, Any]) -> list[Unit]:
-    """Return what DeepSpeed gathers as one piece, computed by its own code.
-
-    Args:
-        model: on the meta device; it is left unchanged.
-        config: DeepSpeed's, "auto" values included.
-    """
-    return _count(_leaves(model, config))
-
-
 def describe(units: list[Unit]) -> str:
     """Return the units in one line for the log."""
     words = [f"{u.count} x {u.name} of {u.parameters / 1e6:.1f} M parameters" for u in units]

@@ -17,7 +17,7 @@ from tests.support.source_tree import ROOT
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     yield importlib.import_module("fp8")
-    for name in ("fp8", "step", "parts.provenance"):
+    for name in ("fp8", "step", "parts.result_file"):
         sys.modules.pop(name, None)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of loading: what it counts, what it loads, and that it runs."""
+"""The script that measures loading: what it counts, what it loads, and that it runs."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import ctypes
 import json
 import mmap
 import os
-import subprocess
 import sys
-import time
 from importlib import import_module
 
 import pytest
 import torch
 from safetensors import safe_open
-from torch import nn
 
-from qwen3_sft.distributed.engine import detect
 from qwen3_sft.model.meta_model import known_config, model_on_meta
-from qwen3_sft.options.recipe import parse_options
+from tests.support.commands import free_port, run, succeeds
 from tests.support.source_tree import ROOT
+from tests.support.waiting import wait_until
 
 MIB = 2**20
 
@@ -31,62 +28,25 @@ def bench(monkeypatch):
     return import_module
 
 
-def test_status_is_read(bench):
-    status = (
-        "Name:\tpython\nVmHWM:\t    900 kB\nRssAnon:\t     500 kB\n"
-        "RssFile:\t     300 kB\nRssShmem:\t      20 kB\n"
-    )
-    resident = bench("parts.load.memory").Resident
-    assert resident.parse(status) == resident(520 * 1024, 300 * 1024, 900 * 1024)
-
-
 def test_a_peak_is_seen_though_it_is_gone_at_the_end(bench, tmp_path):
-    memory = bench("parts.load.memory")
     mapped = tmp_path / "mapped"
     mapped.write_bytes(os.urandom(32 * MIB))
     # What other tests have freed would be used again without any growth.
     ctypes.CDLL(None).malloc_trim(0)
-    with memory.PeakMemory() as peak:
+    with bench("load").HostMemory() as memory:
         kept = torch.ones(40 * MIB, dtype=torch.uint8)
         # Mapped by itself: of its heap the C library gives back the end at most.
         gone = mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE)
         torch.frombuffer(gone, dtype=torch.uint8).fill_(1)
         pages = torch.from_file(str(mapped), size=32 * MIB, dtype=torch.uint8)
         assert pages.max() > 0
-        enough = peak.growth.samples + 5
-        while peak.growth.samples < enough:
-            time.sleep(0.001)
+        wait_until(lambda: memory.own > 100 * MIB and memory.mapped > 30 * MIB)
         del gone, pages
-    growth = peak.growth
     assert kept.nbytes == 40 * MIB
-    assert growth.anonymous == pytest.approx(104 * MIB, rel=0.1)
+    assert memory.own == pytest.approx(104 * MIB, rel=0.1)
     # Code that runs for the first time is mapped from files too.
-    assert growth.file == pytest.approx(32 * MIB, rel=0.2)
-    assert growth.total_by_kernel == pytest.approx(136 * MIB, rel=0.1)
-    assert growth.total == pytest.approx(growth.total_by_kernel, rel=0.05)
-    assert growth.anonymous_after == pytest.approx(40 * MIB, rel=0.3)
-    assert growth.file_after < 8 * MIB
-    with memory.PeakMemory(peak.start) as later:
-        pass
-    assert later.growth.anonymous >= 20 * MIB, "counted from the same start"
-
-
-def test_a_process_in_one_line(bench):
-    table = bench("parts.load.table")
-    loading = {"anonymous": 3e9, "file": 1e9, "anonymous_after": 2.5e9, "seconds": 4.0}
-    placing = {"anonymous": 4e9, "file": 0, "anonymous_after": 1.25e9, "seconds": 2.0}
-    rank = {"rank": 1, "kept": 1_000_000_000, "phases": {"loading": loading, "placing": placing}}
-    assert table.summary(rank, 2e9) == {
-        "own": 4e9, "own_of_checkpoint": 2, "own_of_kept": 4, "kept": 1e9, "left": 0.25e9,
-        "mapped": 1e9, "seconds": 6.0,
-    }  # fmt: skip
-    report = {
-        "device": "a CPU",
-        "parameters": 1_000_000_000,
-        "results": [{"name": "fsdp", "ranks": [rank]}],
-    }
-    line = table.table(report).splitlines()[-1]
-    assert line.split() == ["fsdp", "1", "4.00", "2.00", "4.00", "1.00", "0.25", "1.00", "6.0"]
+    assert memory.mapped == pytest.approx(32 * MIB, rel=0.2)
+    assert memory.own_after == pytest.approx(40 * MIB, rel=0.3)
 
 
 def test_the_model_has_the_proportions_of_the_real_one(bench):
@@ -100,7 +60,7 @@ def test_the_model_has_the_proportions_of_the_real_one(bench):
         return {part: count / total for part, count in sums.items()}
 
     real = shares(known_config("Qwen/Qwen3-30B-A3B"))
-    config = bench("parts.load.checkpoint").config_of("1gb")
+    config = bench("parts.random_checkpoint").config_of("1gb")
     for part, share in shares(config).items():
         assert share == pytest.approx(real[part], abs=0.02), part
     assert config.num_experts == 128
@@ -111,7 +71,7 @@ def test_the_model_has_the_proportions_of_the_real_one(bench):
 
 
 def test_the_checkpoint_is_one_of_the_hub(bench, tmp_path):
-    checkpoint = bench("parts.load.checkpoint")
+    checkpoint = bench("parts.random_checkpoint")
     checkpoint.make_checkpoint(tmp_path, "tiny")
     file = tmp_path / "tiny" / "model.safetensors"
     with safe_open(file, framework="pt") as weights:
@@ -126,52 +86,21 @@ def test_the_checkpoint_is_one_of_the_hub(bench, tmp_path):
     assert file.stat().st_mtime_ns == before, "made once"
 
 
-def test_every_engine_is_launched_as_itself(bench, tmp_path, monkeypatch):
-    launches, environment = (
-        bench("parts.load.launch").LAUNCHES,
-        bench("parts.load.launch").accelerate_environment,
-    )
-    monkeypatch.chdir(ROOT)
-    for name, launch in launches.items():
-        options = parse_options(launch.argv(tmp_path, tmp_path / "out"))
-        env = {"WORLD_SIZE": str(launch.processes)}
-        if launch.config:
-            file = bench("parts.load.launch").CONFIG / f"{launch.config}.json"
-            env |= environment(str(file), launch.processes)
-        engine = detect(options.model, options.data, env)
-        assert engine.kind == name.split()[0]
-        assert (engine.fsdp_size, engine.ep_size) == (
-            2 if engine.kind == "native" else 1,
-            2 if "ep 2" in name else 1,
-        )
-
-
-def test_kept_bytes_count_this_process(bench):
-    model = nn.Linear(3, 5, dtype=torch.bfloat16)
-    sharded = nn.Parameter(torch.empty(0))
-    sharded.ds_tensor = torch.empty(7)  # as DeepSpeed leaves a parameter
-    model.register_parameter("shard", sharded)
-    assert bench("parts.load.worker").kept_bytes(model) == 2 * (15 + 5) + 4 * 7
-
-
 @pytest.mark.distributed
-def test_it_runs(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "bench" / "load.py", "--size", "tiny", "--only", "single",
-         "fsdp", "native fsdp 2 as found", "--out", tmp_path / "load.json"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))
-    found = {result["name"]: result["ranks"] for result in report["results"]}
-    assert {name: len(ranks) for name, ranks in found.items()} == {
-        "single": 1, "fsdp": 2, "native fsdp 2 as found": 2,
-    }  # fmt: skip
-    whole = found["single"][0]["kept"]
-    assert whole == 4 * report["parameters"]
-    for name in ("fsdp", "native fsdp 2 as found"):
-        assert sum(rank["kept"] for rank in found[name]) == pytest.approx(whole, rel=0.01)
-    assert [*found["fsdp"][1]["phases"]] == ["loading", "placing"]
-    assert "GB of each process" in done.stdout
-    assert report["commit"]
-    assert report["versions"]["transformers"]
+def test_it_runs(bench, tmp_path):
+    script = ROOT / "bench" / "load.py", "--size", "tiny", "--folder", tmp_path
+    launcher = "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()
+    alone = succeeds(run(sys.executable, *script))
+    both = succeeds(run(sys.executable, *launcher, *script, "--fsdp_size", 2))
+    (whole,) = map(json.loads, alone.splitlines())
+    shards = sorted(map(json.loads, both.splitlines()), key=lambda shard: shard["rank"])
+    assert (whole["engine"], whole["rank"]) == ("single", 0)
+    model = model_on_meta(bench("parts.random_checkpoint").config_of("tiny"))
+    assert whole["kept"] == 4 * sum(p.numel() for p in model.parameters())
+    assert [shard["rank"] for shard in shards] == [0, 1]
+    assert all(shard["engine"].startswith("native (fsdp_size 2") for shard in shards)
+    assert sum(shard["kept"] for shard in shards) == pytest.approx(whole["kept"], rel=0.01)
+    for row in (whole, *shards):
+        assert row["own"] > row["kept"] > 0
+        assert row["commit"]
+        assert row["versions"]["transformers"]

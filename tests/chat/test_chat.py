@@ -10,6 +10,7 @@ from qwen3_sft.chat.samples import PlainText
 from qwen3_sft.data.formats import parse_row
 from qwen3_sft.demo.model import trl_chat_template
 from qwen3_sft.errors import DataError
+from tests.support.data_rows import trained_texts
 
 THINKING = ("qwen3", "qwen3_thinking_2507")
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"b": 1}}]}
@@ -54,7 +55,7 @@ def rendered(
 
 
 def trained(messages, chat_format="qwen3", **options):
-    return [sample.trained_texts for sample in rendered(messages, chat_format, **options)]
+    return [trained_texts(sample) for sample in rendered(messages, chat_format, **options)]
 
 
 def template(name):
@@ -182,7 +183,7 @@ def test_the_text_before_a_label_is_the_prompt_of_inference(name, case, tokenize
         )
         if name == "qwen3_thinking_2507" and not messages[end - 1].get("reasoning_content"):
             prompt += "\n</think>\n\n"  # this family has no switch: the empty block is given
-        assert sample.text == prompt + sample.trained_texts[-1] + "\n"
+        assert sample.text == prompt + trained_texts(sample)[-1] + "\n"
 
 
 def test_an_empty_think_block_is_trained_only_on_request():
@@ -204,7 +205,7 @@ def test_split_turns_shows_each_query_its_own_history():
         "<|im_start|>user\n<tool_response>\n9\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n<think>\nr2\n</think>\n\ny<|im_end|>\n",
     ]
-    assert samples[1].trained_texts == [CALL_TEXT, "<think>\nr2\n</think>\n\ny<|im_end|>"]
+    assert trained_texts(samples[1]) == [CALL_TEXT, "<think>\nr2\n</think>\n\ny<|im_end|>"]
 
 
 def test_two_queries_in_a_row_make_one_sample():
@@ -237,7 +238,7 @@ def test_all_labels_every_token_of_one_text():
     messages = [q(), a("x", "r1"), q(), a("y", "r2")]
     for chat_format in THINKING:
         (sample,) = rendered(messages, chat_format, train_on="all")
-        assert sample.trained_texts == [sample.text]
+        assert trained_texts(sample) == [sample.text]
         (unsplit,) = rendered(messages, chat_format, thinking="drop_history")
         assert sample.text == unsplit.text
 
@@ -274,12 +275,11 @@ def test_reasoning_needs_a_model_that_thinks(name):
 
 def test_plain_text_labels_the_completion_and_the_end():
     sample = render_plain(PlainText("p", "c"), "<|im_end|>", train_on="assistant")
-    assert (sample.text, sample.trained_texts) == ("pc<|im_end|>", ["c<|im_end|>"])
+    assert (sample.text, trained_texts(sample)) == ("pc<|im_end|>", ["c<|im_end|>"])
     sample = render_plain(PlainText("p", "c"), "<|im_end|>", train_on="all")
-    assert sample.trained_texts == ["pc<|im_end|>"]
-    assert render_plain(PlainText("", "t"), "<|im_end|>", train_on="assistant").trained_texts == [
-        "t<|im_end|>"
-    ]
+    assert trained_texts(sample) == ["pc<|im_end|>"]
+    sample = render_plain(PlainText("", "t"), "<|im_end|>", train_on="assistant")
+    assert trained_texts(sample) == ["t<|im_end|>"]
 
 
 def test_self_check_shows_where_a_customised_template_differs(tokenizer, monkeypatch):

@@ -8,6 +8,7 @@ from collections import Counter
 from qwen3_sft.chat.render import render
 from qwen3_sft.chat.samples import Conversation
 from qwen3_sft.data.formats import parse_row
+from tests.support.data_rows import trained_texts
 
 TOOL = {
     "type": "function",
@@ -81,7 +82,7 @@ def test_calls_and_results():
         "<|im_start|>user\n<tool_response>\n7\n</tool_response>\n<|im_end|>\n"
         "<|im_start|>assistant\n x<|im_end|>\n"
     )
-    assert sample.trained_texts == [
+    assert trained_texts(sample) == [
         f"hm\n\n{CALL_TEXT}\n{CALL_TEXT}<|im_end|>",
         f"{CALL_TEXT}<|im_end|>",
         " x<|im_end|>",

@@ -13,6 +13,7 @@ from qwen3_sft.chat.encoding import Encoder
 from qwen3_sft.chat.render import CHAT_FORMATS, render, render_plain
 from qwen3_sft.chat.samples import Conversation, Message, PlainText, ToolCall
 from qwen3_sft.chat.templates import CONTROL_TOKENS
+from tests.support.data_rows import trained_texts
 
 ORDINARY = [
     *"ab 1\n\n\t{}\"'\\",
@@ -78,7 +79,7 @@ def test_random_conversations_decode_to_their_text_and_labels(chat_format, token
         for sample in samples(conversation, chat_format):
             ids, trained = encoder.encode(sample)
             assert (ids.dtype, trained.dtype, ids.shape) == (np.int32, bool, trained.shape)
-            texts = [sample.text, "".join(sample.trained_texts)]
+            texts = [sample.text, "".join(trained_texts(sample))]
             decoded = [tokenizer.decode(part) for part in (ids, ids[trained])]
             # Qwen's tokenizer normalises to NFC.
             assert decoded == [unicodedata.normalize("NFC", text) for text in texts]

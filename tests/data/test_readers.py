@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 
 import datasets
 import pyarrow as pa
@@ -9,10 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from qwen3_sft.data import json_rows
-from qwen3_sft.data.readers import _HubSource, find_sources, iter_rows
+from qwen3_sft.data.raw_rows import raw_rows
+from qwen3_sft.data.readers import _HubSource, find_sources
 from qwen3_sft.data.tally import Tally
 from qwen3_sft.errors import DataError
 from qwen3_sft.options.args import DataArguments
+from tests.support.data_rows import read_rows
 
 ROWS = [{"text": f"row {i}", "nested": {"list": [i, i + 1]}} for i in range(7)]
 
@@ -25,7 +28,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def read(*names: str, **options):
-    return list(iter_rows(DataArguments(dataset=list(names), **options)))
+    return read_rows(DataArguments(dataset=list(names), **options))
 
 
 def write_arrow(path, *, stream: bool) -> None:
@@ -40,7 +43,7 @@ def test_jsonl(folder):
     text = "\ufeff" + lines[0] + "\n\n" + "\r\n".join(lines[1:]) + "\n  \n"
     (folder / "a.jsonl").write_bytes(text.encode())
     tally = Tally()
-    rows = list(iter_rows(DataArguments(dataset=["a.jsonl"]), tally=tally))
+    rows = read_rows(DataArguments(dataset=["a.jsonl"]), tally)
     assert [row for _, row in rows] == ROWS
     assert [location for location, _ in rows] == ["a.jsonl:1"] + [
         f"a.jsonl:{i}" for i in range(3, 9)
@@ -95,7 +98,15 @@ def test_folder_is_read_in_order_of_names(folder):
     (folder / "d/README.md").write_text("about")
     (folder / "d/dataset_infos.json").write_text("{}")
     assert [row["name"] for _, row in read("d")] == ["d/a.json", "d/b.jsonl", "d/sub/c.jsonl"]
-    assert len(read("d", max_rows=2)) == 2
+
+
+def test_max_rows_counts_over_all_files(folder):
+    for name in ("a.jsonl", "b.jsonl"):
+        (folder / name).write_text('{"text": "x"}\n{"text": "y"}\n')
+    args = DataArguments(dataset=["a.jsonl", "b.jsonl"], max_rows=3)
+    rows = list(raw_rows(find_sources(args), args, Tally(), Counter()))
+    assert [row.location for row in rows] == ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1"]
+    assert [row.number for row in rows] == [0, 1, 2]
 
 
 def test_saved_datasets(folder):
@@ -220,4 +231,4 @@ def test_no_source_at_all():
     with pytest.raises(DataError, match="set --dataset"):
         read()
     with pytest.raises(DataError, match="set --eval_dataset"):
-        list(iter_rows(DataArguments(dataset=["x"]), eval=True))
+        find_sources(DataArguments(dataset=["x"]), eval=True)

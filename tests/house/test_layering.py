@@ -28,7 +28,7 @@ LAYERS = (
 )
 
 MAY_IMPORT_MONKEY_PATCH = {
-    "build", "decisions", "dry_run", "model.patches", "plan.planner", "run"
+    "build", "decisions", "dry_run", "model.fp8", "model.patches", "plan.planner", "run"
 }  # fmt: skip
 ARCHITECTURES = "monkey_patch.architectures"
 KERNELS_MAY_IMPORT = {"torch", "triton", "numpy"}

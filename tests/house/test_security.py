@@ -17,7 +17,6 @@ from huggingface_hub import constants
 from qwen3_sft.chat.template_process import is_shipped, render_apart
 from qwen3_sft.checkpoints.manifest import read_manifest, seal
 from qwen3_sft.data.prepare import prepare
-from qwen3_sft.data.readers import iter_rows
 from qwen3_sft.demo.model import trl_chat_template, write_checkpoint
 from qwen3_sft.errors import DataError, ModelError, UsageError
 from qwen3_sft.model.loading import load_strict, load_tokenizer, resolve_model
@@ -26,7 +25,7 @@ from qwen3_sft.options.args import DataArguments
 from qwen3_sft.options.recipe import parse_options
 from qwen3_sft.options.secret_options import MASK, is_secret, masked
 from qwen3_sft.run import run_command
-from tests.support.data_rows import sums
+from tests.support.data_rows import read_rows, sums
 from tests.support.faults import outcome
 from tests.support.source_tree import ROOT, place, project_files, tree_of
 
@@ -178,10 +177,10 @@ def test_dataset_scripts_are_refused(tmp_path, monkeypatch, script):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     for name in ("evil.py", "evil", str(folder / "evil"), str(folder / "evil" / "evil.py")):
         with pytest.raises(DataError, match=r"evil\.py: unknown kind of file"):
-            list(iter_rows(DataArguments(dataset=[name])))
+            read_rows(DataArguments(dataset=[name]))
     shutil.rmtree(folder / "evil")  # now `evil` looks like a hub id, beside evil.py
     with pytest.raises(DataError, match="evil:train: neither a file"):
-        list(iter_rows(DataArguments(dataset=["evil"])))
+        read_rows(DataArguments(dataset=["evil"]))
     assert not sentinel.exists()
 
 

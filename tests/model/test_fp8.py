@@ -63,7 +63,7 @@ def test_auto_follows_the_scaling_that_is_asked_for(caplog):
 
 @pytest.mark.parametrize("scaling", ["", *get_args(Scaling)])
 def test_devices_are_those_of_the_kernels(scaling):
-    """The two modules may not import each other; this holds them to the same rule."""
+    """The command line refuses, in its own words, what the kernels would refuse."""
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)):
         ours = device_problem(capability, scaling)
         kernels = fp8_problem("cuda", capability, scaling)

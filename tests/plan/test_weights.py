@@ -219,7 +219,7 @@ def test_replicas_do_not_shrink_a_shard(model):
 def test_host_memory(model):
     def host(engine: Engine, file: str | None = None) -> float:
         plan = planned(model, engine, deepspeed=deepspeed(file) if file else None)
-        return plan.host_gib * GIB / PARAMETERS
+        return sum(plan.host.values()) / PARAMETERS
 
     fused, end = 402_653_184 / PARAMETERS, 311_164_928 / PARAMETERS
     assert host(Engine("ddp")) == pytest.approx(8 * 4 * (1 + fused))  # every process reads all

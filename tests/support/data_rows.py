@@ -1,11 +1,16 @@
-"""Rows of the `messages` format, and a parser that also returns what was warned about."""
+"""Rows of the `messages` format, rows of files, and what of a sample is trained."""
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import groupby
 from typing import Any
 
+from qwen3_sft.chat.pieces import Rendered
 from qwen3_sft.data.formats import detect_format, parse_row
+from qwen3_sft.data.readers import find_sources
+from qwen3_sft.data.tally import Tally
+from qwen3_sft.options.args import DataArguments
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -16,6 +21,18 @@ def parse(row: dict, **options: Any) -> tuple[Any, Counter[str]]:
     warnings = Counter()
     sample = parse_row(row, detect_format(row, "f:1"), "f:1", warnings, **options)
     return sample, warnings
+
+
+def read_rows(args: DataArguments, tally: Tally | None = None) -> list[tuple[str, dict]]:
+    """Return (location, row) of all sources of `dataset`."""
+    counted = Tally() if tally is None else tally
+    return [row for source in find_sources(args) for row in source.rows(counted)]
+
+
+def trained_texts(sample: Rendered) -> list[str]:
+    """Return the stretches of a sample that carry labels, in order."""
+    runs = groupby(sample.pieces, key=lambda piece: piece.trained)
+    return ["".join(piece.text for piece in run) for trained, run in runs if trained]
 
 
 def chat(*messages: dict, **columns: Any) -> dict:

@@ -15,10 +15,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from monkey_patch.kernels.launch import Launch, cdiv
 from monkey_patch.kernels.scatter_moe.triton.rows import (
     cut_arguments,
+    gathered_rows,
     grid_of,
     load_gathered,
     row_tile,
 )
+from monkey_patch.kernels.scatter_moe.triton.swiglu import halves, swiglu_gradient
 from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, takes_tma
 
 
@@ -52,13 +54,13 @@ def _activation_gradient_kernel(
         expert, first_row, end_row = row_tile(tiles_ptr, num_row_tiles, work // COLUMN_TILES)
         if expert < NUM_EXPERTS:
             column = (work % COLUMN_TILES) * BLOCK_N
-            rows = first_row + tl.arange(0, BLOCK_M)
-            is_row = rows < end_row
-            slot = tl.load(slot_of_row_ptr + rows, mask=is_row, other=0)
+            rows, is_row, slot, token = gathered_rows(
+                slot_of_row_ptr, first_row, end_row, TOP_K, BLOCK_M
+            )
             columns = column + tl.arange(0, BLOCK_N)
             is_column = (columns < F)[None, :]
             ks = tl.arange(0, BLOCK_K)
-            d_out_ptrs = d_out_ptr + (slot // TOP_K).to(tl.int64)[:, None] * D + ks[None, :]
+            d_out_ptrs = d_out_ptr + token[:, None] * D + ks[None, :]
             if not TMA:
                 w_ptrs = weight + (expert.to(tl.int64) * D + ks[:, None]) * F + columns[None, :]
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -72,16 +74,16 @@ def _activation_gradient_kernel(
                 acc = tl.dot(d_out, w, acc, input_precision=PRECISION)
 
             factor = tl.load(routing_weights_ptr + slot, mask=is_row, other=0.0).to(tl.float32)
-            partial = _swiglu_gradient(
+            partial = _some_columns(
                 acc, factor, rows, is_row, column, hidden_ptr, d_hidden_ptr, scaled_act_ptr,
-                F, STORE_ACT, BLOCK_N, EPILOGUE_N,
+                F, STORE_ACT, EPILOGUE_N,
             )  # fmt: skip
             place = (work % COLUMN_TILES) * num_slots.to(tl.int64) + rows
             tl.store(partial_ptr + place, partial, mask=is_row)
 
 
 @triton.jit
-def _swiglu_gradient(
+def _some_columns(
     d_act,
     factor,
     rows,
@@ -92,41 +94,26 @@ def _swiglu_gradient(
     scaled_act_ptr,
     F: tl.constexpr,
     STORE_ACT: tl.constexpr,
-    WIDTH: tl.constexpr,
     EPILOGUE_N: tl.constexpr,
 ):
-    """Store the gradient of gate and up and factor * act; return <d_act, act> of every row."""
-    if WIDTH > EPILOGUE_N:
-        # Halves come out of the accumulator without moving: a thread holds columns of both.
-        left, right = d_act.reshape(d_act.shape[0], 2, WIDTH // 2).permute(0, 2, 1).split()
-        d_factor = _swiglu_gradient(
+    """Take `swiglu_gradient` EPILOGUE_N columns at a time; return <d_act, act> of every row."""
+    if d_act.shape[1] > EPILOGUE_N:
+        left, right = halves(d_act)
+        d_factor = _some_columns(
             left, factor, rows, is_row, first_column, hidden_ptr, d_hidden_ptr, scaled_act_ptr,
-            F, STORE_ACT, WIDTH // 2, EPILOGUE_N,
+            F, STORE_ACT, EPILOGUE_N,
         )  # fmt: skip
-        d_factor += _swiglu_gradient(
-            right, factor, rows, is_row, first_column + WIDTH // 2, hidden_ptr, d_hidden_ptr,
-            scaled_act_ptr, F, STORE_ACT, WIDTH // 2, EPILOGUE_N,
+        d_factor += _some_columns(
+            right, factor, rows, is_row, first_column + left.shape[1], hidden_ptr, d_hidden_ptr,
+            scaled_act_ptr, F, STORE_ACT, EPILOGUE_N,
         )  # fmt: skip
     else:
-        columns = first_column + tl.arange(0, WIDTH)[None, :]
+        columns = first_column + tl.arange(0, d_act.shape[1])[None, :]
         mask = is_row[:, None] & (columns < F)
-        rows = rows.to(tl.int64)[:, None]
-        places = rows * (2 * F) + columns
-        gate = tl.load(hidden_ptr + places, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(hidden_ptr + places + F, mask=mask, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        act = silu * up
-        factor = factor[:, None]
-        if STORE_ACT:
-            scaled = (act * factor).to(scaled_act_ptr.dtype.element_ty)
-            tl.store(scaled_act_ptr + rows * F + columns, scaled, mask=mask)
-        d_factor = tl.sum(tl.where(mask, d_act * act, 0.0), axis=1)
-        d_act *= factor
-        d_gate = d_act * up * (sigmoid + silu * (1.0 - sigmoid))
-        tl.store(d_hidden_ptr + places, d_gate.to(d_hidden_ptr.dtype.element_ty), mask=mask)
-        d_up = (d_act * silu).to(d_hidden_ptr.dtype.element_ty)
-        tl.store(d_hidden_ptr + places + F, d_up, mask=mask)
+        d_factor, _, _ = swiglu_gradient(
+            d_act, factor, rows.to(tl.int64)[:, None], columns, mask,
+            hidden_ptr, d_hidden_ptr, scaled_act_ptr, F, STORE_ACT,
+        )  # fmt: skip
     return d_factor
 
 

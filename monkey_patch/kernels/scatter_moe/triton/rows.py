@@ -23,6 +23,15 @@ def row_tile(tiles_ptr, num_row_tiles, tile):
 
 
 @triton.jit
+def gathered_rows(slot_of_row_ptr, first_row, end_row, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return rows of a tile, which exist, their slots (0 where none does), and tokens in int64."""
+    rows = first_row + tl.arange(0, BLOCK_M)
+    is_row = rows < end_row
+    slot = tl.load(slot_of_row_ptr + rows, mask=is_row, other=0)
+    return rows, is_row, slot, (slot // TOP_K).to(tl.int64)
+
+
+@triton.jit
 def load_gathered(row_ptrs, k, is_row, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
     """Load columns k to k + BLOCK_K of gathered rows, zeros where there is none."""
     mask = is_row

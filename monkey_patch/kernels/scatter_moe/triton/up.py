@@ -10,10 +10,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from monkey_patch.kernels.launch import Launch, cdiv
 from monkey_patch.kernels.scatter_moe.triton.rows import (
     cut_arguments,
+    gathered_rows,
     grid_of,
     load_gathered,
     row_tile,
 )
+from monkey_patch.kernels.scatter_moe.triton.swiglu import halves, swiglu
 from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, takes_tma
 
 
@@ -45,12 +47,13 @@ def _up_kernel(
         expert, first_row, end_row = row_tile(tiles_ptr, num_row_tiles, work // COLUMN_TILES)
         if expert < NUM_EXPERTS:
             column = (work % COLUMN_TILES) * BLOCK_N
-            rows = first_row + tl.arange(0, BLOCK_M)
-            is_row = (rows < end_row)[:, None]
+            rows, is_row, _, token = gathered_rows(
+                slot_of_row_ptr, first_row, end_row, TOP_K, BLOCK_M
+            )
+            is_row = is_row[:, None]
             columns = column + tl.arange(0, BLOCK_N)
             ks = tl.arange(0, BLOCK_K)
-            token = tl.load(slot_of_row_ptr + rows, mask=rows < end_row, other=0) // TOP_K
-            x_ptrs = x_ptr + token.to(tl.int64)[:, None] * D + ks[None, :]
+            x_ptrs = x_ptr + token[:, None] * D + ks[None, :]
             is_column = columns < F
             if TMA:
                 # Gate and up rows as one operand of twice the width: half the instructions, and x
@@ -60,7 +63,7 @@ def _up_kernel(
                     x = load_gathered(x_ptrs, k, is_row, D, BLOCK_K)
                     w = weight.load([2 * expert, column, k]).reshape(2 * BLOCK_N, BLOCK_K)
                     both = tl.dot(x, w.T, both, input_precision=PRECISION)
-                gate, up = both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
+                gate, up = halves(both)
             else:
                 gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -73,38 +76,12 @@ def _up_kernel(
                     up_w = tl.load(w_ptrs + k + F * D, mask=is_weight, other=0.0)
                     gate = tl.dot(x, gate_w, gate, input_precision=PRECISION)
                     up = tl.dot(x, up_w, up, input_precision=PRECISION)
-            _store_up(
-                gate, up, hidden_ptr, act_ptr, rows, columns, is_row & is_column[None, :],
-                F, STORE_HIDDEN, STORE_ACT,
-            )  # fmt: skip
-
-
-@triton.jit
-def _store_up(
-    gate,
-    up,
-    hidden_ptr,
-    act_ptr,
-    rows,
-    columns,
-    mask,
-    F: tl.constexpr,
-    STORE_HIDDEN: tl.constexpr,
-    STORE_ACT: tl.constexpr,
-):
-    rows = rows.to(tl.int64)[:, None]
-    # The backward pass computes act again from the stored hidden: round before, not after.
-    gate = gate.to(hidden_ptr.dtype.element_ty)
-    up = up.to(hidden_ptr.dtype.element_ty)
-    if STORE_HIDDEN:
-        hidden_ptrs = hidden_ptr + rows * (2 * F) + columns[None, :]
-        tl.store(hidden_ptrs, gate, mask=mask)
-        tl.store(hidden_ptrs + F, up, mask=mask)
-    if STORE_ACT:
-        gate = gate.to(tl.float32)
-        act = gate * tl.sigmoid(gate) * up.to(tl.float32)
-        act_ptrs = act_ptr + rows * F + columns[None, :]
-        tl.store(act_ptrs, act.to(act_ptr.dtype.element_ty), mask=mask)
+            rows, columns = rows.to(tl.int64)[:, None], columns[None, :]
+            mask = is_row & is_column[None, :]
+            act = swiglu(gate, up, rows, columns, mask, hidden_ptr, F, STORE_HIDDEN)
+            if STORE_ACT:
+                act_ptrs = act_ptr + rows * F + columns
+                tl.store(act_ptrs, act.to(act_ptr.dtype.element_ty), mask=mask)
 
 
 def up_launch(

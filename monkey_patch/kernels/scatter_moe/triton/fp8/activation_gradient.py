@@ -20,12 +20,7 @@ from monkey_patch.kernels.scatter_moe.quantize import (
     Scaling,
     block_width,
 )
-from monkey_patch.kernels.scatter_moe.triton.fp8.epilogue import (
-    halves,
-    store_block,
-    store_blocks,
-    whole,
-)
+from monkey_patch.kernels.scatter_moe.triton.fp8.epilogue import store_block, store_blocks
 from monkey_patch.kernels.scatter_moe.triton.fp8.scaling import (
     add_product,
     as_pointer,
@@ -36,7 +31,8 @@ from monkey_patch.kernels.scatter_moe.triton.fp8.scaling import (
     scaling_arguments,
     weight_scales,
 )
-from monkey_patch.kernels.scatter_moe.triton.rows import load_gathered, row_tile
+from monkey_patch.kernels.scatter_moe.triton.rows import gathered_rows, load_gathered, row_tile
+from monkey_patch.kernels.scatter_moe.triton.swiglu import halves, swiglu_gradient, whole
 from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, takes_tma
 
 
@@ -79,16 +75,16 @@ def _fp8_activation_gradient_kernel(
     expert, first_row, end_row = row_tile(tiles_ptr, num_row_tiles, work // COLUMN_TILES)
     if expert < NUM_EXPERTS:
         column = (work % COLUMN_TILES) * BLOCK_N
-        rows = first_row + tl.arange(0, BLOCK_M)
-        is_row = rows < end_row
-        slot = tl.load(slot_of_row_ptr + rows, mask=is_row, other=0)
-        token = (slot // TOP_K).to(tl.int64)[:, None]
+        rows, is_row, slot, token = gathered_rows(
+            slot_of_row_ptr, first_row, end_row, TOP_K, BLOCK_M
+        )
+        token = token[:, None]
         acc = _gathered_product(
             d_out_ptr, d_out_scales_ptr, weight, weights_scales_ptr, expert, token, is_row, column,
             D, F, SCALING, TALL, SCALES, ONE_SCALE, TMA, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         factor = tl.load(routing_weights_ptr + slot, mask=is_row, other=0.0).to(tl.float32)
-        partial, d_gate, d_up = _swiglu_gradient(
+        partial, d_gate, d_up = _some_columns(
             acc, factor, rows, is_row, column, hidden_ptr, d_hidden_ptr, scaled_act_ptr,
             quantized_ptr, quantized_scales_ptr, F, STORE_ACT,
             QUANTIZE and SCALING != "blockwise", EPILOGUE_N,
@@ -144,7 +140,7 @@ def _gathered_product(
 
 
 @triton.jit
-def _swiglu_gradient(
+def _some_columns(
     d_act,
     factor,
     rows,
@@ -167,11 +163,11 @@ def _swiglu_gradient(
     """
     if d_act.shape[1] > EPILOGUE_N:
         left, right = halves(d_act)
-        d_factor, left_gate, left_up = _swiglu_gradient(
+        d_factor, left_gate, left_up = _some_columns(
             left, factor, rows, is_row, first_column, hidden_ptr, d_hidden_ptr, scaled_act_ptr,
             quantized_ptr, quantized_scales_ptr, F, STORE_ACT, QUANTIZE, EPILOGUE_N,
         )  # fmt: skip
-        more, right_gate, right_up = _swiglu_gradient(
+        more, right_gate, right_up = _some_columns(
             right, factor, rows, is_row, first_column + left.shape[1], hidden_ptr,
             d_hidden_ptr, scaled_act_ptr, quantized_ptr, quantized_scales_ptr,
             F, STORE_ACT, QUANTIZE, EPILOGUE_N,
@@ -182,23 +178,10 @@ def _swiglu_gradient(
     else:
         columns = first_column + tl.arange(0, d_act.shape[1])[None, :]
         mask = is_row[:, None] & (columns < F)
-        places = rows.to(tl.int64)[:, None] * (2 * F) + columns
-        gate = tl.load(hidden_ptr + places, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(hidden_ptr + places + F, mask=mask, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        act = silu * up
-        factor = factor[:, None]
-        if STORE_ACT:
-            scaled = (act * factor).to(scaled_act_ptr.dtype.element_ty)
-            tl.store(scaled_act_ptr + rows.to(tl.int64)[:, None] * F + columns, scaled, mask=mask)
-        d_factor = tl.sum(tl.where(mask, d_act * act, 0.0), axis=1)
-        d_act *= factor
-        d_gate = d_act * up * (sigmoid + silu * (1.0 - sigmoid))
-        d_gate = d_gate.to(d_hidden_ptr.dtype.element_ty)
-        tl.store(d_hidden_ptr + places, d_gate, mask=mask)
-        d_up = (d_act * silu).to(d_hidden_ptr.dtype.element_ty)
-        tl.store(d_hidden_ptr + places + F, d_up, mask=mask)
+        d_factor, d_gate, d_up = swiglu_gradient(
+            d_act, factor, rows.to(tl.int64)[:, None], columns, mask,
+            hidden_ptr, d_hidden_ptr, scaled_act_ptr, F, STORE_ACT,
+        )  # fmt: skip
         if QUANTIZE:
             store_blocks(
                 d_gate, rows, is_row, first_column, quantized_ptr, quantized_scales_ptr, 2 * F

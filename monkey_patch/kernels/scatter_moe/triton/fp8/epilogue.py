@@ -15,18 +15,7 @@ from monkey_patch.kernels.scatter_moe.triton.fp8.scaling import (
     scale_of,
     to_e4m3,
 )
-
-
-@triton.jit
-def halves(x):
-    """Split the columns without moving anything: a thread holds columns of both halves."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def whole(left, right):
-    """Undo `halves`."""
-    return tl.join(left, right).permute(0, 2, 1).reshape(left.shape[0], 2 * left.shape[1])
+from monkey_patch.kernels.scatter_moe.triton.swiglu import halves
 
 
 @triton.jit

@@ -15,12 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from monkey_patch.kernels.launch import Launch, cdiv
 from monkey_patch.kernels.scatter_moe.quantize import Quantized, QuantizedRows, Scaling
-from monkey_patch.kernels.scatter_moe.triton.fp8.epilogue import (
-    halves,
-    store_block,
-    store_blocks,
-    whole,
-)
+from monkey_patch.kernels.scatter_moe.triton.fp8.epilogue import store_block, store_blocks
 from monkey_patch.kernels.scatter_moe.triton.fp8.scaling import (
     add_product,
     as_pointer,
@@ -31,7 +26,8 @@ from monkey_patch.kernels.scatter_moe.triton.fp8.scaling import (
     scaling_arguments,
     weight_scales,
 )
-from monkey_patch.kernels.scatter_moe.triton.rows import load_gathered, row_tile
+from monkey_patch.kernels.scatter_moe.triton.rows import gathered_rows, load_gathered, row_tile
+from monkey_patch.kernels.scatter_moe.triton.swiglu import halves, swiglu, whole
 from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, takes_tma
 
 
@@ -72,20 +68,18 @@ def _fp8_up_kernel(
     expert, first_row, end_row = row_tile(tiles_ptr, num_row_tiles, work // COLUMN_TILES)
     if expert < NUM_EXPERTS:
         column = (work % COLUMN_TILES) * BLOCK_N
-        rows = first_row + tl.arange(0, BLOCK_M)
-        is_row = rows < end_row
-        slot = tl.load(slot_of_row_ptr + rows, mask=is_row, other=0)
-        token = (slot // TOP_K).to(tl.int64)[:, None]
+        rows, is_row, _, token = gathered_rows(slot_of_row_ptr, first_row, end_row, TOP_K, BLOCK_M)
+        token = token[:, None]
         gate0, gate1, up0, up1 = _gate_and_up(
             x_ptr, x_scales_ptr, weight, weights_scales_ptr, expert, token, is_row, column,
             D, F, SCALING, TALL, SCALES, ONE_SCALE, TMA, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        act0 = _swiglu(
+        act0 = _some_columns(
             gate0, up0, hidden_ptr, act_ptr, rows, is_row, column,
             act_scales_ptr, F, STORE_HIDDEN, STORE_ACT and not QUANTIZE_ACT,
             QUANTIZE_ACT and SCALING != "blockwise", EPILOGUE_N,
         )  # fmt: skip
-        act1 = _swiglu(
+        act1 = _some_columns(
             gate1, up1, hidden_ptr, act_ptr, rows, is_row, column + HALF,
             act_scales_ptr, F, STORE_HIDDEN, STORE_ACT and not QUANTIZE_ACT,
             QUANTIZE_ACT and SCALING != "blockwise", EPILOGUE_N,
@@ -171,7 +165,7 @@ def _load_weight(
 
 
 @triton.jit
-def _swiglu(
+def _some_columns(
     gate,
     up,
     hidden_ptr,
@@ -193,11 +187,11 @@ def _swiglu(
     if gate.shape[1] > EPILOGUE_N:
         gate0, gate1 = halves(gate)
         up0, up1 = halves(up)
-        left = _swiglu(
+        left = _some_columns(
             gate0, up0, hidden_ptr, act_ptr, rows, is_row, first_column,
             act_scales_ptr, F, STORE_HIDDEN, STORE_ACT, QUANTIZE_ACT, EPILOGUE_N,
         )  # fmt: skip
-        right = _swiglu(
+        right = _some_columns(
             gate1, up1, hidden_ptr, act_ptr, rows, is_row, first_column + gate0.shape[1],
             act_scales_ptr, F, STORE_HIDDEN, STORE_ACT, QUANTIZE_ACT, EPILOGUE_N,
         )  # fmt: skip
@@ -206,15 +200,8 @@ def _swiglu(
         columns = first_column + tl.arange(0, gate.shape[1])[None, :]
         mask = is_row[:, None] & (columns < F)
         places = rows.to(tl.int64)[:, None]
-        # The backward pass computes act again from the stored hidden: round before, not after.
-        gate = gate.to(hidden_ptr.dtype.element_ty)
-        up = up.to(hidden_ptr.dtype.element_ty)
-        if STORE_HIDDEN:
-            hidden_ptrs = hidden_ptr + places * (2 * F) + columns
-            tl.store(hidden_ptrs, gate, mask=mask)
-            tl.store(hidden_ptrs + F, up, mask=mask)
-        gate = gate.to(tl.float32)
-        act = (gate * tl.sigmoid(gate) * up.to(tl.float32)).to(hidden_ptr.dtype.element_ty)
+        act = swiglu(gate, up, places, columns, mask, hidden_ptr, F, STORE_HIDDEN)
+        act = act.to(hidden_ptr.dtype.element_ty)
         if STORE_ACT:
             tl.store(act_ptr + places * F + columns, act, mask=mask)
         if QUANTIZE_ACT:
