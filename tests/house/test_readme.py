@@ -235,5 +235,5 @@ class TestReading:
     @pytest.mark.parametrize("line", ["qwen3-sft fly", "python train.py", "bash other.sh --a"])
     def test_an_unknown_command_fails_with_instructions(self, line, stage, tmp_path, monkeypatch):
         (command,) = commands(f"```bash\n{line}\n```\n")
-        with pytest.raises(pytest.fail.Exception, match="Teach `run` in tests/test_readme"):
+        with pytest.raises(pytest.fail.Exception, match="Teach `run` in tests/house/test_readme"):
             check(command, stage, tmp_path, monkeypatch)
