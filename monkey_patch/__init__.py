@@ -1,11 +1,11 @@
-"""Independent, reversible changes to a loaded Hugging Face model, and the kernels behind them.
+"""Reversible changes to a loaded Hugging Face model, one per file, and the kernels behind them.
 
     applied = monkey_patch.apply_patches(model, ["scatter_moe", "linear_cross_entropy"])
     ...
     applied.revert()
 
-Importing this package changes nothing. `PATCHES` lists what exists; apply before wrapping the
-model for LoRA, sharding or compilation.
+Apply before wrapping the model for LoRA, sharding or compilation; importing changes nothing. Which
+patches a run gets is decided in `qwen3_sft/model/patches.py`, and nothing here imports `qwen3_sft`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 
 from tests.support.source_tree import ROOT, place, project_files, tree_of
 
-MAX_FILE_LINES, TARGET_FILE_LINES = 400, 300
 MAX_FUNCTION_LINES = 60
 
 # Where any exception of any backend has to become a warning: that is the module's whole purpose.
@@ -90,14 +88,6 @@ def test_files_are_found():
 def test_rules(path):
     found = [f"{place(path, node)}: {message}" for node, message in violations(tree_of(path))]
     assert len(found) == CATCHES_EVERYTHING.get(name_of(path), 0), "\n".join(found)
-
-
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_length(path):
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_FILE_LINES, f"{name_of(path)}: {lines} lines; one idea per file"
-    if lines > TARGET_FILE_LINES:
-        warnings.warn(f"{name_of(path)}: {lines} lines, aim at {TARGET_FILE_LINES}", stacklevel=1)
 
 
 @pytest.mark.parametrize(

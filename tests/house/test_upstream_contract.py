@@ -235,7 +235,7 @@ def test_safetensors_of_shards_are_written_and_read_as_we_ask():
     )
     default = inspect.signature(HuggingFaceStorageWriter.__init__).parameters
     assert default["enable_consolidation"].default is False
-    assert "read_metadata" in dir(HuggingFaceStorageReader), "sharded_checkpoint.py: saved_names"
+    assert "read_metadata" in dir(HuggingFaceStorageReader), "checkpoints/sharded.py: saved_names"
 
 
 def test_torchs_distributed_checkpoint_tells_what_failed():

@@ -15,11 +15,10 @@ from monkey_patch.kernels.scatter_moe.plain_fp8 import (
 from monkey_patch.kernels.scatter_moe.quantize import (
     HiddenGradient,
     dequantize,
-    quantize_rows,
-    quantize_weight,
 )
 from monkey_patch.kernels.scatter_moe.reference import scatter_moe_reference
 from tests.monkey_patch.kernels.experts import NAMES, make_inputs, run_with_gradients
+from tests.monkey_patch.kernels.fp8_cases import fp8_reference
 from tests.support.oracle import assert_close
 
 STAGES = {
@@ -61,52 +60,6 @@ def block_inputs(tail="gauss", dtype=torch.bfloat16, T=150, D=272, F=200, E=4, K
         values(weight, E, D, F) * F**-0.5, torch.rand(T, K),
     ]  # fmt: skip
     return [t.to(dtype) for t in tensors], index
-
-
-class Fp8Linear(torch.autograd.Function):
-    """x @ w.T of one expert in FP8, the gradient of w in full."""
-
-    @staticmethod
-    def forward(ctx, x, w, scaling):
-        ctx.save_for_backward(x, w)
-        ctx.scaling = scaling
-        weight = dequantize(*quantize_weight(w[None], scaling))[0]
-        return dequantize(*quantize_rows(x, scaling)) @ weight.T
-
-    @staticmethod
-    def backward(ctx, d_y):
-        x, w = ctx.saved_tensors
-        weight = dequantize(*quantize_weight(w.T[None], ctx.scaling))[0]
-        return dequantize(*quantize_rows(d_y, ctx.scaling)) @ weight.T, d_y.T @ x, None
-
-
-class Fp8Down(torch.autograd.Function):
-    """s * (act @ w.T); what is quantised is act and d_out, the routing weight s is not in it."""
-
-    @staticmethod
-    def forward(ctx, act, w, s, scaling):
-        ctx.save_for_backward(act, w, s)
-        ctx.scaling = scaling
-        weight = dequantize(*quantize_weight(w[None], scaling))[0]
-        return dequantize(*quantize_rows(act, scaling)) @ weight.T * s[:, None]
-
-    @staticmethod
-    def backward(ctx, d_out):
-        act, w, s = ctx.saved_tensors
-        weight = dequantize(*quantize_weight(w.T[None], ctx.scaling))[0]
-        g = dequantize(*quantize_rows(d_out, ctx.scaling)) @ weight.T
-        return g * s[:, None], d_out.T @ (act * s[:, None]), (g * act).sum(dim=1), None
-
-
-def fp8_reference(x, gate_up, down, index, weights, scaling):
-    """The definition, expert by expert, in float32."""
-    out = torch.zeros_like(x)
-    for e in range(len(down)):
-        token, k = (index == e).nonzero(as_tuple=True)
-        gate, up = Fp8Linear.apply(x[token], gate_up[e], scaling).chunk(2, dim=-1)
-        act = torch.nn.functional.silu(gate) * up
-        out = out.index_add(0, token, Fp8Down.apply(act, down[e], weights[token, k], scaling))
-    return out
 
 
 def assert_is_the_definition(tensors, index, scaling, **options):

@@ -21,12 +21,10 @@ from monkey_patch.kernels.scatter_moe.quantize import (
 )
 from monkey_patch.kernels.scatter_moe.triton.fp8 import stages as fp8_stages
 from monkey_patch.kernels.scatter_moe.triton.fp8.scaling import fit
-from monkey_patch.kernels.scatter_moe.triton.fp8.stages import (
-    BY_SCALING,
-)
+from monkey_patch.kernels.scatter_moe.triton.fp8.stages import BY_SCALING
 from monkey_patch.kernels.scatter_moe.triton.stages import TritonStages
 from tests.monkey_patch.kernels.experts import NAMES, make_inputs, run_with_gradients
-from tests.monkey_patch.kernels.fp8_cases import CUT, assert_same_bits
+from tests.monkey_patch.kernels.fp8_cases import CUT, assert_same_bits, edges
 from tests.support.interpreter import use_kernels
 from tests.support.oracle import assert_close
 
@@ -37,7 +35,6 @@ PLAIN = {
     "rowwise": PlainRowwiseFp8Stages,
     "mxfp8": PlainMxFp8Stages,
 }
-KERNELS = BY_SCALING
 SCALINGS = list(PLAIN)
 
 
@@ -51,25 +48,13 @@ def empty_routing():
     return TritonStages.sort_by_expert(torch.zeros(0, 1, dtype=torch.int64), 1)
 
 
-def edges(rows, width, dtype):
-    """Rows of all magnitudes, with ties of e4m3, zeros, denormals and what is not finite."""
-    x = torch.randn(rows, width) * torch.logspace(-30, 4, rows)[:, None]
-    ties = torch.arange(width) % 240 / 8 + 2**-5
-    special = [ties, ties * 0, ties * 1e-39, ties * 1e-41, -ties, ties * 2**-9]
-    for place, row in enumerate(special):
-        x[place] = row
-    x[0, 0], x[4, 0], x[5, 0] = 448.0, 448.0, 448.0
-    x[6, width // 2], x[7, -1], x[8, 0] = torch.inf, torch.nan, -torch.inf
-    return x.to(dtype)
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("width", [1, 48, 128, 300, 2176])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rows_have_the_bits_of_the_definition(empty_routing, dtype, width, scaling):
     x = edges(19, width, dtype)
-    got = KERNELS[scaling](empty_routing, 1).quantize_rows(x)
+    got = BY_SCALING[scaling](empty_routing, 1).quantize_rows(x)
     assert got.dtype == dtype
     assert_same_bits(got, quantize_rows(x, scaling))
 
@@ -80,7 +65,7 @@ def test_rows_have_the_bits_of_the_definition(empty_routing, dtype, width, scali
 @pytest.mark.parametrize("shape", [(2, 140, 130), (3, 16, 40)])
 def test_weights_have_the_bits_of_the_definition(empty_routing, shape, layouts, scaling):
     forward, backward = layouts
-    stages = KERNELS[scaling](empty_routing, 1)
+    stages = BY_SCALING[scaling](empty_routing, 1)
     w = edges(shape[0] * shape[1], shape[2], torch.bfloat16).view(shape)
     for weight in (w, w.float().mT.contiguous().mT):
         got = stages.quantize_weight(weight, forward=forward, backward=backward)
@@ -109,7 +94,7 @@ class Block:
 
     def act_of_up(self, cut, scaling):
         """Return the quantised act of the rows that have an expert."""
-        stages = KERNELS[scaling](self.routing, 2)
+        stages = BY_SCALING[scaling](self.routing, 2)
         stages.tiles = lambda stage, operand: cut
         weight = stages.quantize_weight(self.gate_up, forward=True, backward=False)
         _, act = stages.up(self.x, weight, hidden=False, act=True)
@@ -167,7 +152,7 @@ LIMITS = {"act": 1e-3}
 def test_stages_compute_what_the_plain_ones_do(width, cut, scaling):
     case = Block(hidden=272 if width > BLOCK else 48, width=width)
     expected, _ = case.run(PLAIN[scaling])
-    got, (act, alone, d_hidden) = case.run(KERNELS[scaling], cut)
+    got, (act, alone, d_hidden) = case.run(BY_SCALING[scaling], cut)
     for name, value in got.items():
         assert_close(value, expected[name], name=name, rms=LIMITS.get(name, 2e-6))
     assert_same_bits(alone, act)
@@ -220,7 +205,7 @@ def test_half_a_block_of_act_is_quantised_apart():
 def plain_and_kernels(tensors, index, scaling, **options):
     """Return what the op gives without and with the kernels."""
     results = []
-    for kinds in (PLAIN, KERNELS):
+    for kinds in (PLAIN, BY_SCALING):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(block, "_fp8_backend", lambda x, fp8, kinds=kinds: kinds[fp8])
             op = partial(scatter_moe, fp8=scaling, **options)

@@ -51,8 +51,7 @@ def _up_kernel(
                 slot_of_row_ptr, first_row, end_row, TOP_K, BLOCK_M
             )
             is_row = is_row[:, None]
-            columns = column + tl.arange(0, BLOCK_N)
-            ks = tl.arange(0, BLOCK_K)
+            columns, ks = column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
             x_ptrs = x_ptr + token[:, None] * D + ks[None, :]
             is_column = columns < F
             if TMA:
@@ -80,8 +79,8 @@ def _up_kernel(
             mask = is_row & is_column[None, :]
             act = swiglu(gate, up, rows, columns, mask, hidden_ptr, F, STORE_HIDDEN)
             if STORE_ACT:
-                act_ptrs = act_ptr + rows * F + columns
-                tl.store(act_ptrs, act.to(act_ptr.dtype.element_ty), mask=mask)
+                act = act.to(act_ptr.dtype.element_ty)
+                tl.store(act_ptr + rows * F + columns, act, mask=mask)
 
 
 def up_launch(
