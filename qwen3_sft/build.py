@@ -26,8 +26,9 @@ from qwen3_sft.errors import UsageError
 from qwen3_sft.hardware import device_info
 from qwen3_sft.model.activation_checkpointing import enable_checkpointing
 from qwen3_sft.model.layer_compile import compile_layers
-from qwen3_sft.options.args import DataArguments, TrainArguments
 from qwen3_sft.options.batch import rows_per_step
+from qwen3_sft.options.data_args import DataArguments
+from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.packing.collator import PackedCollator
 from qwen3_sft.packing.rows import PackedDataset
 from qwen3_sft.plan.plan import RunPlan

@@ -32,10 +32,11 @@ from qwen3_sft.hardware import device_info
 from qwen3_sft.model.loading import load_model, load_tokenizer, resolve_model
 from qwen3_sft.model.meta_model import meta_model
 from qwen3_sft.model.patches import FP8_PATCHES
-from qwen3_sft.options.args import DataArguments, TrainArguments
 from qwen3_sft.options.batch import rows_per_step
+from qwen3_sft.options.data_args import DataArguments
 from qwen3_sft.options.draft import TrainDraft
 from qwen3_sft.options.recipe import Options, help_text, parse_options
+from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.plan.advice import MemorySettings
 from qwen3_sft.records.run_folder import RunFolder, versions
 from qwen3_sft.training.arguments import final_arguments

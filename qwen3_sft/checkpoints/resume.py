@@ -14,7 +14,8 @@ from qwen3_sft.checkpoints.trust import check_best, refuse_foreign_code
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.distributed.rank_zero import on_first_rank
 from qwen3_sft.errors import CheckpointError, UsageError
-from qwen3_sft.options.args import DataArguments, TrainArguments
+from qwen3_sft.options.data_args import DataArguments
+from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.records.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from qwen3_sft.options.recipe import parse_options
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qwen3_sft.options.args import DataArguments
+    from qwen3_sft.options.data_args import DataArguments
 
 _COLOUR = ("\x1b[32m", "\x1b[0m")  # green marks the trained text
 _PLAIN = ("«", "»")

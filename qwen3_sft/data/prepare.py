@@ -25,14 +25,12 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from qwen3_sft.chat.encoding import Encoder
-from qwen3_sft.chat.render import detect_chat_format, self_check
-from qwen3_sft.chat.samples import Conversation
-from qwen3_sft.chat.template_process import is_shipped
+from qwen3_sft.chat.render import detect_chat_format
 from qwen3_sft.data.cache_key import FileHashes, cache_key, describe_all, text_hash
-from qwen3_sft.data.formats import parse_row
-from qwen3_sft.data.raw_rows import RawRow, raw_rows
+from qwen3_sft.data.raw_rows import raw_rows
 from qwen3_sft.data.readers import RowSource, find_sources
 from qwen3_sft.data.report import check_drops, make_report, report_origin, report_text
+from qwen3_sft.data.template_check import CHECKED_ROWS, chat_template, check_template
 from qwen3_sft.data.token_store import TokenDataset, TokenWriter
 from qwen3_sft.data.tokenize_rows import (
     Counts,
@@ -41,18 +39,16 @@ from qwen3_sft.data.tokenize_rows import (
     TokenizeOptions,
     tokenize_chunks,
 )
-from qwen3_sft.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qwen3_sft.options.args import DataArguments
+    from qwen3_sft.options.data_args import DataArguments
 
 logger = logging.getLogger(__name__)
 
 _SMALL_BYTES = 32 << 20
 _MOST_PROCESSES = 32
-_CHECKED_ROWS = 100  # whose text is compared with the tokenizer's own chat template
 
 
 def prepare(
@@ -106,14 +102,9 @@ def _chat_format(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tup
     if args.chat_format != "auto":
         return args.chat_format, ""
     try:
-        return detect_chat_format(_chat_template(tokenizer)), ""
+        return detect_chat_format(chat_template(tokenizer)), ""
     except ValueError as error:
         return None, str(error)
-
-
-def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    template = tokenizer.chat_template
-    return template.get("default") if isinstance(template, dict) else template
 
 
 def _refuse_process_group() -> None:
@@ -145,7 +136,7 @@ def _parts(
         "max_rows": args.max_rows,
         "dataset_format": args.dataset_format,
         "options": {name: getattr(options, name) for name in options.__slots__},
-        "chat_template": text_hash(_chat_template(tokenizer) or ""),
+        "chat_template": text_hash(chat_template(tokenizer) or ""),
         "tokenizer": text_hash(tokenizer.backend_tokenizer.to_str()),
         "eos_token": str(tokenizer.eos_token),
     }
@@ -233,8 +224,8 @@ def _tokenize(
     """Write the tokens of all rows; return the report."""
     counts, formats, lengths = Counts(), Counter[str](), []
     rows = raw_rows(sources, args, counts.warnings, formats)
-    first = list(islice(rows, _CHECKED_ROWS))
-    _check_template(first, options, tokenizer, is_explicit=args.chat_format != "auto")
+    first = list(islice(rows, CHECKED_ROWS))
+    check_template(first, options, tokenizer, is_explicit=args.chat_format != "auto")
     chunks = tokenize_chunks(
         RowTokenizer(Encoder(tokenizer), options),
         chain(first, rows),
@@ -273,31 +264,3 @@ def _append(writer: TokenWriter, samples: list[TokenizedSample]) -> np.ndarray:
             np.array([sample.row for sample in samples], np.int64),
         )
     return lengths
-
-
-def _check_template(
-    rows: list[RawRow],
-    options: TokenizeOptions,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    is_explicit: bool,
-) -> None:
-    """Compare the first rows' text with what the tokenizer's template renders at inference.
-
-    Raises:
-        DataError: if they differ and the format was not chosen by `--chat_format`.
-    """
-    if options.chat_format is None or not _chat_template(tokenizer):
-        return
-    parsed = [
-        parse_row(row.content, row.fmt, row.location, Counter(), drop_nulls=row.is_table)
-        for row in rows
-    ]
-    conversations = [sample for sample in parsed if isinstance(sample, Conversation)]
-    try:
-        is_apart = not is_shipped(tokenizer.chat_template)
-        self_check(conversations, tokenizer, options.chat_format, len(rows), is_apart=is_apart)
-    except ValueError as error:
-        if not is_explicit:
-            raise DataError(f"{tokenizer.name_or_path or 'tokenizer'}: {error}") from error
-        logger.warning("training on %s as told, but %s", options.chat_format, error)

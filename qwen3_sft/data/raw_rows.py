@@ -13,7 +13,7 @@ from qwen3_sft.data.readers import RowSource
 from qwen3_sft.data.tally import Tally
 
 if TYPE_CHECKING:
-    from qwen3_sft.options.args import DataArguments
+    from qwen3_sft.options.data_args import DataArguments
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from qwen3_sft.data.tally import Tally
 from qwen3_sft.errors import DataError
 
 if TYPE_CHECKING:
-    from qwen3_sft.options.args import DataArguments
+    from qwen3_sft.options.data_args import DataArguments
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}

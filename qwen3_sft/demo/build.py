@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from qwen3_sft.demo import conversations
 from qwen3_sft.demo.model import train_tokenizer, write_checkpoint
-from qwen3_sft.options.args import DataArguments
+from qwen3_sft.options.data_args import DataArguments
 
 NAME = "demo"
 VOCAB_SIZE = 4096

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen3_sft.errors import UsageError
-from qwen3_sft.options.args import DataArguments, ModelArguments
+from qwen3_sft.options.data_args import DataArguments
+from qwen3_sft.options.model_args import ModelArguments
 
 Kind = Literal["single", "ddp", "native", "fsdp", "zero2", "zero3"]
 Layout = Literal["whole", "dtensor", "zero"]

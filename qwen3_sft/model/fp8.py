@@ -19,7 +19,7 @@ import torch
 from monkey_patch.kernels.fp8_device import FP8_SINCE, MXFP8_SINCE
 from qwen3_sft.errors import UsageError
 from qwen3_sft.hardware import find_device
-from qwen3_sft.options.args import EXPERT_PATCHES, ModelArguments
+from qwen3_sft.options.model_args import EXPERT_PATCHES, ModelArguments
 
 logger = logging.getLogger(__name__)
 

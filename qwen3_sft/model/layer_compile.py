@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import UsageError
 from qwen3_sft.families.family import family_of
-from qwen3_sft.options.args import EXPERT_PATCHES
+from qwen3_sft.options.model_args import EXPERT_PATCHES
 from qwen3_sft.options.recipe import Options
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from qwen3_sft.families.family import family_of, require, require_by_name
 from qwen3_sft.logs import progress_bars
 from qwen3_sft.model.host_memory import blocks_given_back, reserve_weights
 from qwen3_sft.model.trust import check_weights_files, load_config
-from qwen3_sft.options.args import EXPERT_PATCHES, ModelArguments
+from qwen3_sft.options.model_args import EXPERT_PATCHES, ModelArguments
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from monkey_patch.experts_fp8 import experts_fp8
 from monkey_patch.fp8_selection import Selection, select
 from monkey_patch.linear_fp8 import linear_fp8
 from qwen3_sft.model.fp8 import NO_FP8, Fp8Choice
-from qwen3_sft.options.args import EXPERT_PATCHES, ModelArguments
+from qwen3_sft.options.model_args import EXPERT_PATCHES, ModelArguments
 
 # Those that multiply in FP8, by name.
 FP8_PATCHES = ("experts_fp8", "experts_fp8_recompute", "linear_fp8")

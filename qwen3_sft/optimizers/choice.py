@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import UsageError
-from qwen3_sft.options.args import TrainArguments
 from qwen3_sft.options.recipe import Options
+from qwen3_sft.options.train_args import TrainArguments
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qwen3_sft.errors import UsageError
-from qwen3_sft.options.args import TrainArguments
+from qwen3_sft.options.train_args import TrainArguments
 
 
 def accumulation_steps(train: TrainArguments, world_size: int) -> int:

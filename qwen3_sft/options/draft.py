@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qwen3_sft.errors import UsageError
-from qwen3_sft.options.args import TrainArguments
+from qwen3_sft.options.train_args import TrainArguments
 
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainArguments) if field.init)
 

@@ -17,10 +17,12 @@ import yaml
 from transformers import HfArgumentParser
 
 from qwen3_sft.errors import UsageError
-from qwen3_sft.options.args import DataArguments, ModelArguments, TrainArguments
+from qwen3_sft.options.data_args import DataArguments
 from qwen3_sft.options.draft import TrainDraft
+from qwen3_sft.options.model_args import ModelArguments
 from qwen3_sft.options.refused_options import REFUSED
 from qwen3_sft.options.secret_options import is_secret
+from qwen3_sft.options.train_args import TrainArguments
 
 _KINDS = (ModelArguments, DataArguments, TrainArguments)
 

@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 from qwen3_sft.distributed.engine import Engine, Kind
 from qwen3_sft.errors import UsageError
 from qwen3_sft.optimizers.choice import EIGHT_BITS, FOUR_BITS, FUSED, OptimizerChoice
-from qwen3_sft.options.args import TrainArguments
 from qwen3_sft.options.recipe import Options
+from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.plan.plan import RunPlan
 
 Stage = Literal[
@@ -140,8 +140,7 @@ def nearest(
     run = MemorySettings.of(options.train, engine, options.data.max_length, processes)
     kept: Change = {}
     for lever in LEVERS:
-        changes = list(lever.changes(run))
-        for change in changes:
+        for change in (changes := list(lever.changes(run))):
             whole = _one_micro_batch(options, kept | change)
             try:
                 changed = plan(options.replaced(**whole))

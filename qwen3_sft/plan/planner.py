@@ -21,8 +21,8 @@ from qwen3_sft.model.activation_checkpointing import Policy
 from qwen3_sft.model.loading import weights_dtype
 from qwen3_sft.model.sizes import Sizes
 from qwen3_sft.optimizers.choice import choose_optimizer
-from qwen3_sft.options.args import EXPERT_PATCHES
 from qwen3_sft.options.batch import accumulation_steps
+from qwen3_sft.options.model_args import EXPERT_PATCHES
 from qwen3_sft.options.recipe import Options
 from qwen3_sft.plan.activations import ActivationPlan, activation_plan
 from qwen3_sft.plan.optimizer_states import moved_bytes

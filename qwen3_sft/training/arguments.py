@@ -12,10 +12,10 @@ from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import UsageError
 from qwen3_sft.model.layer_compile import check_compile
 from qwen3_sft.optimizers.choice import check_optimizer_choice, choose_optimizer
-from qwen3_sft.options.args import TrainArguments
 from qwen3_sft.options.batch import accumulation_steps
 from qwen3_sft.options.draft import TrainDraft
 from qwen3_sft.options.recipe import Options
+from qwen3_sft.options.train_args import TrainArguments
 
 logger = logging.getLogger(__name__)
 

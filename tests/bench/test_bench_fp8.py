@@ -52,7 +52,7 @@ def test_a_race_on_a_cpu(bench, tmp_path, capsys):
 def test_a_row_is_what_auto_reads(bench):
     import torch
 
-    from qwen3_sft.options.args import ModelArguments
+    from qwen3_sft.options.model_args import ModelArguments
 
     row = bench.entry(
         {"rows": {"off": {}}, "over_bf16": {"attention": 1.08}}, "NVIDIA H200", "results/fp8.json"

@@ -13,7 +13,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from qwen3_sft.demo.model import tiny_config, tiny_model
 from qwen3_sft.errors import UsageError
-from qwen3_sft.options.args import ModelArguments
+from qwen3_sft.options.model_args import ModelArguments
 from qwen3_sft.packing.rows import PackedDataset
 from tests.support.source_tree import ROOT
 

@@ -4,7 +4,8 @@ import pytest
 
 from qwen3_sft.checkpoints.resume import CHANGEABLE, check_allowed, check_resumable, run_identity
 from qwen3_sft.errors import CheckpointError, UsageError
-from qwen3_sft.options.args import DataArguments, TrainArguments
+from qwen3_sft.options.data_args import DataArguments
+from qwen3_sft.options.train_args import TrainArguments
 
 IDENTITY = {
     "global_batch_size": 4, "data": "d", "template": "t", "tokenizer": "k", "max_length": 64,

@@ -7,7 +7,7 @@ import pytest
 from qwen3_sft.commands.inspect import inspect
 from qwen3_sft.data.prepare import prepare
 from qwen3_sft.errors import DataError
-from qwen3_sft.options.args import DataArguments
+from qwen3_sft.options.data_args import DataArguments
 
 
 def chat(*turns: str) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwen3_sft.demo.conversations import conversations
-from qwen3_sft.options.args import DataArguments
+from qwen3_sft.options.data_args import DataArguments
 from tests.support.prepared import NUM_ROWS, write
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from qwen3_sft.data.prepare import prepare
 from qwen3_sft.data.report import report_text
 from qwen3_sft.errors import DataError
-from qwen3_sft.options.args import DataArguments
+from qwen3_sft.options.data_args import DataArguments
 from qwen3_sft.packing.collator import PackedCollator
 from qwen3_sft.packing.rows import PackedDataset
 from tests.support.prepared import arrays, write

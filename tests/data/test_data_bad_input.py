@@ -11,7 +11,7 @@ import pytest
 
 from qwen3_sft.data.prepare import prepare
 from qwen3_sft.errors import DataError
-from qwen3_sft.options.args import DataArguments
+from qwen3_sft.options.data_args import DataArguments
 
 
 def chat(*turns: Any, **columns: Any) -> dict[str, Any]:

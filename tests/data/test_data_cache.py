@@ -15,7 +15,7 @@ from filelock import FileLock
 from qwen3_sft.data import cache_key
 from qwen3_sft.data.prepare import prepare
 from qwen3_sft.errors import DataError
-from qwen3_sft.options.args import DataArguments
+from qwen3_sft.options.data_args import DataArguments
 from tests.support.prepared import NUM_ROWS, arrays
 
 

@@ -14,7 +14,7 @@ from qwen3_sft.data.raw_rows import raw_rows
 from qwen3_sft.data.readers import _HubSource, find_sources
 from qwen3_sft.data.tally import Tally
 from qwen3_sft.errors import DataError
-from qwen3_sft.options.args import DataArguments
+from qwen3_sft.options.data_args import DataArguments
 from tests.support.data_rows import read_rows
 
 ROWS = [{"text": f"row {i}", "nested": {"list": [i, i + 1]}} for i in range(7)]

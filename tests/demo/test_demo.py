@@ -17,7 +17,7 @@ from qwen3_sft.demo.build import VOCAB_SIZE, build_demo, resolve_demo
 from qwen3_sft.demo.conversations import conversations, write_conversations
 from qwen3_sft.demo.model import CONTROL_TOKENS, tiny_config, tiny_model, write_checkpoint
 from qwen3_sft.model.loading import load_tokenizer
-from qwen3_sft.options.args import DataArguments
+from qwen3_sft.options.data_args import DataArguments
 from tests.support.oracle import assert_close
 from tests.support.source_tree import ROOT
 

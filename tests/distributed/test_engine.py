@@ -4,7 +4,8 @@ import pytest
 
 from qwen3_sft.distributed.engine import Engine, check_experts, detect
 from qwen3_sft.errors import UsageError
-from qwen3_sft.options.args import DataArguments, ModelArguments
+from qwen3_sft.options.data_args import DataArguments
+from qwen3_sft.options.model_args import ModelArguments
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"}
 

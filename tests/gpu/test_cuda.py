@@ -13,7 +13,7 @@ from monkey_patch.kernels.varlen_attention import varlen_attention
 from monkey_patch.kernels.varlen_attention.reference import varlen_attention_reference
 from qwen3_sft.demo.model import write_checkpoint
 from qwen3_sft.model.loading import load_model
-from qwen3_sft.options.args import ModelArguments
+from qwen3_sft.options.model_args import ModelArguments
 from qwen3_sft.packing.isolation import check_isolation
 from tests.support.oracle import assert_close
 from tests.support.training import PATCHES, Documents, make_trainer, nll_sum

@@ -18,7 +18,8 @@ from qwen3_sft.dry_run import dry_run
 from qwen3_sft.launch.accelerate_environment import accelerate_environment
 from qwen3_sft.launch.choice import choose
 from qwen3_sft.launch.launch import launch_command
-from qwen3_sft.options.args import DataArguments, ModelArguments
+from qwen3_sft.options.data_args import DataArguments
+from qwen3_sft.options.model_args import ModelArguments
 from qwen3_sft.options.recipe import parse_options
 from tests.support.source_tree import ROOT
 

@@ -21,7 +21,7 @@ from qwen3_sft.demo.model import trl_chat_template, write_checkpoint
 from qwen3_sft.errors import DataError, ModelError, UsageError
 from qwen3_sft.model.loading import load_strict, load_tokenizer, resolve_model
 from qwen3_sft.model.meta_model import meta_model
-from qwen3_sft.options.args import DataArguments
+from qwen3_sft.options.data_args import DataArguments
 from qwen3_sft.options.recipe import parse_options
 from qwen3_sft.options.secret_options import MASK, is_secret, masked
 from qwen3_sft.run import run_command

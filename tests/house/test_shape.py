@@ -21,8 +21,6 @@ RESULTS = ROOT / "bench" / "results"  # one file per measurement
 
 # Longer, and allowed to be no longer than this.
 LONGER = {
-    "qwen3_sft/data/prepare.py": 303,
-    "qwen3_sft/options/args.py": 303,
     "tests/checkpoints/test_trust.py": 307,
     "tests/optimizers/test_in_backward.py": 311,
 }

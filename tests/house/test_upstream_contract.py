@@ -84,7 +84,6 @@ TRAINER = {
     "_finalize_training": ("trial", "num_train_samples", "start_time"),
     "_prepare_inputs": ("inputs",),
     "_defer_fsdp_gradient_reduction": (),
-    "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
 }  # fmt: skip
 TRAINER_FILE = ROOT / "qwen3_sft" / "training" / "trainer.py"
 

@@ -13,7 +13,7 @@ from monkey_patch.kernels.fp8_device import fp8_problem
 from monkey_patch.kernels.scatter_moe.quantize import Scaling
 from qwen3_sft.errors import UsageError
 from qwen3_sft.model.fp8 import Fp8Choice, choose_fp8, device_problem
-from qwen3_sft.options.args import ModelArguments
+from qwen3_sft.options.model_args import ModelArguments
 from qwen3_sft.run import run_command
 from tests.support.source_tree import ROOT
 

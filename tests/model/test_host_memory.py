@@ -12,7 +12,7 @@ import torch.distributed as dist
 from qwen3_sft.demo.model import tiny_config, tiny_model
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.model.loading import load_model
-from qwen3_sft.options.args import ModelArguments
+from qwen3_sft.options.model_args import ModelArguments
 from tests.support.source_tree import ROOT
 
 # As experts are read and fused: small blocks, freed between others that stay.

@@ -7,7 +7,7 @@ from qwen3_sft.demo.model import write_checkpoint
 from qwen3_sft.errors import ModelError
 from qwen3_sft.model.attention import choose_attention
 from qwen3_sft.model.loading import load_model, load_strict, load_tokenizer, resolve_model
-from qwen3_sft.options.args import ModelArguments
+from qwen3_sft.options.model_args import ModelArguments
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

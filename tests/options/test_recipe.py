@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 from qwen3_sft.errors import UsageError
-from qwen3_sft.options.args import DataArguments, ModelArguments, TrainArguments
+from qwen3_sft.options.data_args import DataArguments
+from qwen3_sft.options.model_args import ModelArguments
 from qwen3_sft.options.recipe import Options, help_text, parse_options
 from qwen3_sft.options.refused_options import REFUSED
+from qwen3_sft.options.train_args import TrainArguments
 
 LEAST = ["--model_name_or_path", "some/model", "--dataset", "rows.jsonl"]
 

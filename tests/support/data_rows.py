@@ -10,7 +10,7 @@ from qwen3_sft.chat.pieces import Rendered
 from qwen3_sft.data.formats import detect_format, parse_row
 from qwen3_sft.data.readers import find_sources
 from qwen3_sft.data.tally import Tally
-from qwen3_sft.options.args import DataArguments
+from qwen3_sft.options.data_args import DataArguments
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}

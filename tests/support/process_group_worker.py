@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 
 from qwen3_sft.distributed.process_group import join_process_group, leave_process_group
-from qwen3_sft.options.args import TrainArguments
+from qwen3_sft.options.train_args import TrainArguments
 
 TIMEOUT_S = 3.0
 

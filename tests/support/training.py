@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback
 import monkey_patch
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.model.activation_checkpointing import enable_checkpointing
-from qwen3_sft.options.args import TrainArguments
+from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.packing.collator import PackedCollator
 from qwen3_sft.packing.rows import PackedDataset
 from qwen3_sft.training.callbacks import EpochCallback

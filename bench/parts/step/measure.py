@@ -29,8 +29,9 @@ from transformers import PrinterCallback, TrainerCallback
 import monkey_patch
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.hardware import device_info, memory_stats
-from qwen3_sft.options.args import ModelArguments, TrainArguments
+from qwen3_sft.options.model_args import ModelArguments
 from qwen3_sft.options.recipe import parse_options
+from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.packing.rows import PackedDataset
 from qwen3_sft.training.arguments import completed, final_arguments
 from qwen3_sft.training.loss import loss_sums

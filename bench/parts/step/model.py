@@ -26,7 +26,8 @@ from qwen3_sft.model.attention import choose_attention
 from qwen3_sft.model.fp8 import choose_fp8
 from qwen3_sft.model.layer_compile import compile_layers
 from qwen3_sft.model.patches import choose_patches
-from qwen3_sft.options.args import EXPERT_PATCHES, ModelArguments, TrainArguments
+from qwen3_sft.options.model_args import EXPERT_PATCHES, ModelArguments
+from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.plan.planner import experts_for
 
 # Tokens of the fullest expert over the mean that `skewed` aims at, where enough experts exist.
