@@ -81,15 +81,14 @@ QWEN3_VL_MOE = Architecture(
     vision_layers=("Qwen3VLMoeVisionBlock",),
     vision=("visual",),
 )
-# A gate of one column, and the narrow projections that steer a recurrence.
-_HYBRID_KEEP = ("*.shared_expert_gate", "*.in_proj_a", "*.in_proj_b", "*.in_proj_ba")
+# The two hybrids keep a gate of one column, and the narrow projections that steer a recurrence.
 QWEN3_NEXT = Architecture(
     model_types=("qwen3_next",),
     layers=("Qwen3NextDecoderLayer",),
     blocks=("Qwen3NextSparseMoeBlock",),
     experts=("Qwen3NextExperts",),
     routers=("Qwen3NextTopKRouter",),
-    fp8_keep=_HYBRID_KEEP,
+    fp8_keep=("*.shared_expert_gate", "*.in_proj_ba"),
 )
 QWEN3_5_MOE = Architecture(
     model_types=("qwen3_5_moe_text",),
@@ -99,7 +98,7 @@ QWEN3_5_MOE = Architecture(
     routers=("Qwen3_5MoeTopKRouter",),
     vision_layers=("Qwen3_5MoeVisionBlock",),
     vision=("visual",),
-    fp8_keep=_HYBRID_KEEP,
+    fp8_keep=("*.shared_expert_gate", "*.in_proj_a", "*.in_proj_b"),
 )
 
 # Routers of models that are not registered, compared in transformers 5.23.
