@@ -40,10 +40,7 @@ SIZES = {
 # name -> (dtype of the weights, arguments)
 VARIANTS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32 AdamW": (torch.float32, {"optim": "adamw_torch"}),
-    "fp32 AdamW, in backward, per tensor": (
-        torch.float32,
-        {"optim": "adamw_torch", **_PER_TENSOR},
-    ),
+    "fp32 AdamW, in backward, per tensor": (torch.float32, {"optim": "adamw_torch", **_PER_TENSOR}),
     "bf16 AdamW8bit, rounded to nearest": (
         torch.bfloat16,
         {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=False"},

@@ -105,11 +105,7 @@ def _packed_mask(position_ids: torch.Tensor) -> torch.Tensor | None:
 
 
 def mask_function(
-    *,
-    q_length: int,
-    kv_length: int,
-    attention_mask: torch.Tensor | None = None,
-    **kwargs: Any,
+    *, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any
 ) -> torch.Tensor | None:
     """Return sdpa's mask, except for a whole row without padding, which needs none.
 

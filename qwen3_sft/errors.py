@@ -107,9 +107,7 @@ class Interrupted(Exception):  # noqa: N818 - no error: the run is saved and goe
 
 
 def exit_code_of(
-    work: Callable[[], int],
-    report: Callable[[str], object],
-    also: tuple[type[Exception], ...] = (),
+    work: Callable[[], int], report: Callable[[str], object], also: tuple[type[Exception], ...] = ()
 ) -> int:
     """Return what `work` returns, or the exit code of the error that ended it.
 

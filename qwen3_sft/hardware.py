@@ -84,11 +84,7 @@ DEVICES: tuple[DeviceSpec, ...] = (
     DeviceSpec("L40S", (), 46_068, (362.05, 362.05, 183, 733, 91.6), _L40S),
     DeviceSpec("RTX 4090", ("GeForce RTX 4090",), 24_564, (165.2, 165.2, 82.6, 330.3, 82.6), _ADA),
     DeviceSpec(
-        "RTX 5090",
-        ("GeForce RTX 5090",),
-        32_607,
-        (209.5, 209.5, 104.8, 419, 104.8),
-        _RTX_BLACKWELL,
+        "RTX 5090", ("GeForce RTX 5090",), 32_607, (209.5, 209.5, 104.8, 419, 104.8), _RTX_BLACKWELL
     ),
     DeviceSpec("B200", (), 183_359, (2250, 2250, 1100, 4500, 75), _BLACKWELL),
     DeviceSpec("GB200", (), 189_471, (2500, 2500, 1250, 5000, 80), _BLACKWELL),

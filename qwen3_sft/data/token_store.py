@@ -175,10 +175,6 @@ class _GrowingArray:
         os.fsync(self._file.fileno())
 
     def _write_header(self) -> None:
-        description = {
-            "descr": self.dtype.str,
-            "fortran_order": False,
-            "shape": (self.length,),
-        }
+        description = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
         np.lib.format.write_array_header_1_0(self._file, description)
         assert self._file.tell() == _HEADER_SIZE, "numpy changed the header; move the data start"

@@ -42,9 +42,7 @@ _SPLIT = (
 
 
 def train_tokenizer(
-    texts: Iterable[str],
-    vocab_size: int = 4096,
-    chat_template: str | None = None,
+    texts: Iterable[str], vocab_size: int = 4096, chat_template: str | None = None
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with Qwen3's control tokens and chat template.
 
@@ -116,9 +114,7 @@ def tiny_model(config: Qwen3MoeConfig, seed: int = 0) -> Qwen3MoeForCausalLM:
 def write_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
     """Write a tiny model with its tokenizer to `folder`, as a hub checkpoint would look."""
     config = tiny_config(
-        len(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model = tiny_model(config, seed)
     with progress_bars(0):

@@ -21,15 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from qwen3_sft.errors import (
-    BY_SIGNAL,
-    DONE,
-    FAILED,
-    INTERRUPTED,
-    MISTAKE,
-    UsageError,
-    exit_code_of,
-)
+from qwen3_sft.errors import BY_SIGNAL, DONE, FAILED, INTERRUPTED, MISTAKE, UsageError, exit_code_of
 from qwen3_sft.launch.accelerate_environment import accelerate_environment
 from qwen3_sft.launch.agent import Agent, reported_code
 from qwen3_sft.launch.choice import CONFIG, Choice, choose

@@ -52,12 +52,7 @@ class BackwardOptimizer:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Any,
-        *,
-        clip: ClipRule,
-        max_grad_norm: float,
+        self, model: nn.Module, optimizer: Any, *, clip: ClipRule, max_grad_norm: float
     ) -> None:
         """Attach the hooks.
 

@@ -53,8 +53,7 @@ class DataArguments:
         },
     )
     train_empty_think: bool = field(
-        default=False,
-        metadata={"help": "put labels on an empty <think></think> block too"},
+        default=False, metadata={"help": "put labels on an empty <think></think> block too"}
     )
     chat_format: Literal[
         "auto",

@@ -14,8 +14,7 @@ class ModelArguments:
     """Which model to train and what computes it."""
 
     model_name_or_path: str = field(
-        default="",
-        metadata={"help": "folder or hub id of a Qwen3-MoE; `demo` builds a tiny one"},
+        default="", metadata={"help": "folder or hub id of a Qwen3-MoE; `demo` builds a tiny one"}
     )
     model_revision: str | None = field(
         default=None, metadata={"help": "commit, tag or branch of a hub model"}

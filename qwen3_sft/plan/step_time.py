@@ -264,6 +264,5 @@ class _Times:
         moved = config.num_experts_per_tok * config.hidden_size + 2 * self._routed_width()
         traffic = layers * (weights / self.tokens + moved)
         return max(
-            flops * tiles / (tflops * 1e12),
-            traffic / self.bandwidth * flops / self.flops.experts,
+            flops * tiles / (tflops * 1e12), traffic / self.bandwidth * flops / self.flops.experts
         )

@@ -68,10 +68,7 @@ def _question(prompt: str) -> str:
 
 @torch.no_grad()
 def complete(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[str]:
     """Return a greedy completion of each prompt; the model's mode is put back afterwards."""
     was_training = model.training

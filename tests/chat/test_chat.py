@@ -71,16 +71,10 @@ def template(name):
 ORACLE = {
     "single": ([q(), a("x")], [["x<|im_end|>"]]),
     "multi-turn": ([q(), a("x"), q(), a("y")], [["x<|im_end|>", "y<|im_end|>"]]),
-    "reasoning": (
-        [q(), a("x", "why")],
-        [["<think>\nwhy\n</think>\n\nx<|im_end|>"]],
-    ),
+    "reasoning": ([q(), a("x", "why")], [["<think>\nwhy\n</think>\n\nx<|im_end|>"]]),
     "reasoning in two turns": (
         [q(), a("x", "r1"), q(), a("y", "r2")],
-        [
-            ["<think>\nr1\n</think>\n\nx<|im_end|>"],
-            ["<think>\nr2\n</think>\n\ny<|im_end|>"],
-        ],
+        [["<think>\nr1\n</think>\n\nx<|im_end|>"], ["<think>\nr2\n</think>\n\ny<|im_end|>"]],
     ),
     "reasoning in the first turn": (
         [q(), a("x", "r1"), q(), a("y")],
@@ -90,10 +84,7 @@ ORACLE = {
         [q(), a("x"), q(), a("y", "r2")],
         [["x<|im_end|>", "<think>\nr2\n</think>\n\ny<|im_end|>"]],
     ),
-    "tool call": (
-        [q(), CALL, result("9"), a("x")],
-        [[CALL_TEXT, "x<|im_end|>"]],
-    ),
+    "tool call": ([q(), CALL, result("9"), a("x")], [[CALL_TEXT, "x<|im_end|>"]]),
     "text and two calls": (
         [
             q(),

@@ -98,10 +98,7 @@ WARNINGS = [
     ),
     (
         answer(content="a </think> b"),
-        {
-            "</think> inside an answer kept as text": 1,
-            "control-token text kept as plain text": 1,
-        },
+        {"</think> inside an answer kept as text": 1, "control-token text kept as plain text": 1},
     ),
     (
         answer(content='<tool_call>\n{"name": "f"}\n</tool_call>'),

@@ -36,11 +36,7 @@ def zero(tmp_path):
         ({"WORLD_SIZE": 2}, {}, Engine("ddp")),
         ({"WORLD_SIZE": 8}, {"fsdp_size": 8}, Engine("native", 8)),
         ({"WORLD_SIZE": 8}, {"fsdp_size": -1, "ep_size": 4}, Engine("native", 8, 4)),
-        (
-            {"WORLD_SIZE": 16},
-            {"fsdp_size": -1, "dp_replicate_size": 2},
-            Engine("native", 8, 1, 2),
-        ),
+        ({"WORLD_SIZE": 16}, {"fsdp_size": -1, "dp_replicate_size": 2}, Engine("native", 8, 1, 2)),
         ({}, {"fsdp_size": -1}, Engine("single")),
         ({"WORLD_SIZE": 4}, {"dp_replicate_size": 4}, Engine("ddp")),
         (FSDP, {}, Engine("fsdp")),

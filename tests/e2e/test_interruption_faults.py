@@ -138,14 +138,8 @@ def test_one_of_two_ranks_is_signalled_and_the_run_goes_on(inputs, undisturbed, 
     assert not (folder / "INTERRUPTED").exists()
 
 
-@outcome(
-    "SIGTERM to every process at once, data workers included",
-    "the same",
-)
-@outcome(
-    "A second signal, also during the save",
-    "the save is finished; the second is ignored",
-)
+@outcome("SIGTERM to every process at once, data workers included", "the same")
+@outcome("A second signal, also during the save", "the save is finished; the second is ignored")
 def test_every_process_is_signalled_twice(inputs, tmp_path):
     """torchrun ends its workers when it gets SIGTERM itself: they have the time to save.
 
@@ -184,10 +178,7 @@ def test_one_process_below_two_launchers(inputs, tmp_path):
     check_interrupted(run, folder, "SIGTERM")
 
 
-@outcome(
-    "A signal where torchrun may restart (`MAX_RESTARTS`)",
-    "exit code 75, no restart",
-)
+@outcome("A signal where torchrun may restart (`MAX_RESTARTS`)", "exit code 75, no restart")
 def test_a_node_is_not_restarted(inputs, tmp_path):
     """With the signal sent to torchrun and all others as well."""
     folder = tmp_path / "run"

@@ -11,11 +11,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
 from qwen3_sft.demo.model import tiny_config, tiny_model
 from qwen3_sft.errors import FlopsError
-from qwen3_sft.families.flops import (
-    ModelFlops,
-    num_parameters,
-    train_flops,
-)
+from qwen3_sft.families.flops import ModelFlops, num_parameters, train_flops
 
 H100_BF16 = 989e12
 VARIANTS = {
@@ -97,9 +93,7 @@ def test_every_part_of_the_forward_equals_torchs_counter(variant):
     flops = ModelFlops.from_config(config)
     rows, length, labels = 2, 24, 5
     parts = counted_by_part(
-        tiny_model(config),
-        input_ids=torch.randint(0, 512, (rows, length)),
-        logits_to_keep=labels,
+        tiny_model(config), input_ids=torch.randint(0, 512, (rows, length)), logits_to_keep=labels
     )
     tokens = rows * length
     assert parts["attention"] == flops.attention_projections * tokens
@@ -184,14 +178,7 @@ def test_forward_of_qwen3_30b_a3b_by_part(qwen3_30b):
 # Section 1 of the performance notes: GFLOP per token, forward and backward.
 @pytest.mark.parametrize(
     ("length", "honest"),
-    [
-        (2048, 20.67),
-        (4096, 23.08),
-        (8192, 27.91),
-        (12288, 32.75),
-        (32768, 56.90),
-        (131072, 172.9),
-    ],
+    [(2048, 20.67), (4096, 23.08), (8192, 27.91), (12288, 32.75), (32768, 56.90), (131072, 172.9)],
 )
 def test_gflop_per_token_of_qwen3_30b_a3b(qwen3_30b, length, honest):
     rounding = 0.05 if length == 131072 else 0.005

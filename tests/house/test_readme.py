@@ -35,11 +35,7 @@ EXEMPT = (
     r"bash bench/gpu\.sh.*",  # needs a GPU
 )
 # Commands that take training options, longest first.
-TRAIN = (
-    ("bash", "qwen3_sft.sh"),
-    ("bash", "qwen3_sft_multinode.sh"),
-    ("qwen3-sft", "train"),
-)
+TRAIN = (("bash", "qwen3_sft.sh"), ("bash", "qwen3_sft_multinode.sh"), ("qwen3-sft", "train"))
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,7 @@ HOUSE = (*PACKAGES, "bench", "tests")
 RESULTS = ROOT / "bench" / "results"  # one file per measurement
 
 # Longer, and allowed to be no longer than this.
-LONGER = {
-    "tests/checkpoints/test_trust.py": 307,
-    "tests/optimizers/test_in_backward.py": 311,
-}
+LONGER = {"tests/checkpoints/test_trust.py": 307, "tests/optimizers/test_in_backward.py": 311}
 
 FILES = [
     path

@@ -23,11 +23,7 @@ H200, H100 = 140.4, 79.6
 
 def chosen(argv=LARGE, gpus=8, nodes=1, memory=H200, environment=None):
     return choose(
-        argv,
-        gpus_per_node=gpus,
-        nodes=nodes,
-        gpu_memory_gib=memory,
-        environment=environment or {},
+        argv, gpus_per_node=gpus, nodes=nodes, gpu_memory_gib=memory, environment=environment or {}
     )
 
 

@@ -16,11 +16,7 @@ RMS_TOLERANCE = {
 
 
 def assert_close(
-    actual: torch.Tensor,
-    expected: torch.Tensor,
-    *,
-    name: str = "tensor",
-    rms: float | None = None,
+    actual: torch.Tensor, expected: torch.Tensor, *, name: str = "tensor", rms: float | None = None
 ) -> None:
     """Compare by RMS(error) / RMS(expected); the message carries all that one needs to debug.
 

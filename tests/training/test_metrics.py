@@ -9,13 +9,7 @@ from qwen3_sft.hardware import MemoryStats
 from qwen3_sft.packing.collator import BatchStats
 from qwen3_sft.plan.advice import MemorySettings
 from qwen3_sft.training.memory_guard import MemoryWatch
-from qwen3_sft.training.metrics import (
-    StepLines,
-    Window,
-    duration,
-    log_line,
-    throughput,
-)
+from qwen3_sft.training.metrics import StepLines, Window, duration, log_line, throughput
 
 
 def test_throughput_counts_real_tokens_over_all_gpus():

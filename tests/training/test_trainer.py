@@ -101,8 +101,7 @@ class _Poison(TrainerCallback):
 
 
 @outcome(
-    "NaN or Inf in a gradient",
-    "the step is skipped and counted; no weight and no moment changes",
+    "NaN or Inf in a gradient", "the step is skipped and counted; no weight and no moment changes"
 )
 def test_non_finite_step_is_skipped_and_counted(tiny_moe, tokenizer, tmp_path):
     trainer = make_trainer(tiny_moe, tokenizer, tmp_path, max_steps=4, max_grad_norm=1.0)
@@ -177,10 +176,7 @@ def test_epochs_use_every_document_once_in_another_order(tiny_moe, tokenizer, tm
     assert len({tuple(order) for order in orders}) == 3
 
 
-@outcome(
-    "NaN or Inf in the loss",
-    "the step is skipped, counted and logged with its true value",
-)
+@outcome("NaN or Inf in the loss", "the step is skipped, counted and logged with its true value")
 def test_a_nan_loss_is_told_once_and_not_for_ever(tiny_moe, tokenizer, tmp_path):
     class _Bad(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

@@ -16,13 +16,7 @@ from parts.step.breakdown import breakdown
 from parts.step.model import build_model, liger_kernels, model_config, wants_liger
 from parts.step.options import StepOptions
 from parts.step.ranges import ALL, Ranges
-from parts.step.rows import (
-    RandomDocuments,
-    collator_of,
-    document_lengths,
-    layout_of,
-    length_facts,
-)
+from parts.step.rows import RandomDocuments, collator_of, document_lengths, layout_of, length_facts
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PrinterCallback, TrainerCallback
 

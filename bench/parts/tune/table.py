@@ -93,10 +93,7 @@ def updated(
     }
     if not all(_TIMES[0] in row for rows in stages.values() for row in rows):
         origin = f"rows with ms: {origin}; the others: {origins[source]}"
-    return {
-        "origin": origins | {architecture: origin},
-        "tiles": tiles | {architecture: stages},
-    }
+    return {"origin": origins | {architecture: origin}, "tiles": tiles | {architecture: stages}}
 
 
 def table_text(table: Mapping[str, Any]) -> str:

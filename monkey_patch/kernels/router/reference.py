@@ -27,10 +27,7 @@ def route_reference(
 
 
 def balance_loss_reference(
-    probs_RTE: torch.Tensor,
-    index_RTK: torch.Tensor,
-    mask_RT: torch.Tensor,
-    num_global_tokens: int,
+    probs_RTE: torch.Tensor, index_RTK: torch.Tensor, mask_RT: torch.Tensor, num_global_tokens: int
 ) -> torch.Tensor:
     """Return sum over rows r of (n_r / num_global_tokens) * E * sum_e f_re P_re.
 

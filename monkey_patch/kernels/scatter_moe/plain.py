@@ -21,9 +21,7 @@ def sort_by_expert(index_TK: torch.Tensor, num_experts: int) -> Routing:
     bounds = torch.arange(num_experts + 1, device=index_N.device, dtype=expert_N.dtype)
     row_of_slot = torch.argsort(slot_of_row).masked_fill(~is_routed_N, -1)
     return Routing(
-        torch.searchsorted(expert_N, bounds, out_int32=True),
-        slot_of_row.int(),
-        row_of_slot.int(),
+        torch.searchsorted(expert_N, bounds, out_int32=True), slot_of_row.int(), row_of_slot.int()
     )
 
 

@@ -112,12 +112,7 @@ def _flash(
     if "scale" not in parameters:
         # Older signatures fix the factor at C ** -0.5, so the rest of it goes into the queries.
         q_HTC = q_HTC * (scale * q_HTC.shape[-1] ** 0.5)
-    options = {
-        "scale": scale,
-        "enable_gqa": True,
-        "window_size": (-1, 0),
-        "is_causal": True,
-    }
+    options = {"scale": scale, "enable_gqa": True, "window_size": (-1, 0), "is_causal": True}
     return attend(
         *(t.transpose(0, 1) for t in (q_HTC, k_GTC, v_GTC)),
         cu_seq_lens,

@@ -12,20 +12,13 @@ from monkey_patch.kernels.scatter_moe.plain_fp8 import (
     PlainMxFp8Stages,
     PlainRowwiseFp8Stages,
 )
-from monkey_patch.kernels.scatter_moe.quantize import (
-    HiddenGradient,
-    dequantize,
-)
+from monkey_patch.kernels.scatter_moe.quantize import HiddenGradient, dequantize
 from monkey_patch.kernels.scatter_moe.reference import scatter_moe_reference
 from tests.monkey_patch.kernels.experts import NAMES, make_inputs, run_with_gradients
 from tests.monkey_patch.kernels.fp8_cases import fp8_reference
 from tests.support.oracle import assert_close
 
-STAGES = {
-    "blockwise": PlainFp8Stages,
-    "rowwise": PlainRowwiseFp8Stages,
-    "mxfp8": PlainMxFp8Stages,
-}
+STAGES = {"blockwise": PlainFp8Stages, "rowwise": PlainRowwiseFp8Stages, "mxfp8": PlainMxFp8Stages}
 SCALINGS = list(STAGES)
 
 # Decibels. An operand in e4m3 has 31.5 for values of all magnitudes (test_quantize.py), a product

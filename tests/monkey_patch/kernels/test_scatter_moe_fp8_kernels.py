@@ -30,11 +30,7 @@ from tests.support.oracle import assert_close
 
 pytestmark = pytest.mark.kernel
 
-PLAIN = {
-    "blockwise": PlainFp8Stages,
-    "rowwise": PlainRowwiseFp8Stages,
-    "mxfp8": PlainMxFp8Stages,
-}
+PLAIN = {"blockwise": PlainFp8Stages, "rowwise": PlainRowwiseFp8Stages, "mxfp8": PlainMxFp8Stages}
 SCALINGS = list(PLAIN)
 
 

@@ -129,13 +129,7 @@ def _load_sorted(
 
 @triton.jit
 def _load_rows(
-    matrix_ptr,
-    rows,
-    is_row,
-    column,
-    WIDTH: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    matrix_ptr, rows, is_row, column, WIDTH: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr
 ):
     columns = column + tl.arange(0, BLOCK)
     places = matrix_ptr + rows[:, None] * WIDTH + columns[None, :]

@@ -14,12 +14,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from monkey_patch.kernels.launch import Launch, cdiv
-from monkey_patch.kernels.scatter_moe.quantize import (
-    Quantized,
-    QuantizedRows,
-    Scaling,
-    block_width,
-)
+from monkey_patch.kernels.scatter_moe.quantize import Quantized, QuantizedRows, Scaling, block_width
 from monkey_patch.kernels.scatter_moe.triton.fp8.epilogue import store_block, store_blocks
 from monkey_patch.kernels.scatter_moe.triton.fp8.scaling import (
     add_product,

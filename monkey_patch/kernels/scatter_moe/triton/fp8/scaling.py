@@ -179,12 +179,7 @@ def fit(tiles: Tiles, columns: int, depth: int) -> Tiles:
 
 
 def scaling_arguments(
-    tiles: Tiles,
-    values: torch.Tensor,
-    columns: int = 0,
-    *,
-    scaling: Scaling,
-    tma: bool,
+    tiles: Tiles, values: torch.Tensor, columns: int = 0, *, scaling: Scaling, tma: bool
 ) -> dict[str, Any]:
     """Return what every product of quantised operands is told about its cut and its scales.
 
