@@ -28,9 +28,10 @@ from qwen3_sft.packing.collator import PackedCollator
 from qwen3_sft.packing.rows import PackedDataset
 from qwen3_sft.plan.plan import RunPlan
 from qwen3_sft.records.run_folder import RunFolder, versions
+from qwen3_sft.records.step_lines import StepLines
 from qwen3_sft.training.callbacks import EarlyStopping, EpochCallback, StartCallback, StopAfter
 from qwen3_sft.training.completions import CompletionCallback, pick_prompts
-from qwen3_sft.training.metrics import Metrics, StepLines
+from qwen3_sft.training.metrics import Metrics
 from qwen3_sft.training.plan_check import PlanCheck
 from qwen3_sft.training.reporters import guard_reporters
 from qwen3_sft.training.trainer import SftTrainer

@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from qwen3_sft.checkpoints.folders import newest_verified, step_of
-from qwen3_sft.checkpoints.manifest import read_manifest
+from qwen3_sft.checkpoints.folders import checkpoints, newest_verified, step_of
+from qwen3_sft.checkpoints.manifest import read_manifest, verify
 from qwen3_sft.errors import DONE, FAILED, CheckpointError, UsageError
 from qwen3_sft.launch.launch import launch
 from qwen3_sft.logs import set_up_logging
@@ -62,11 +62,7 @@ def verify_resume(run: Path, config: Path, options: list[str]) -> int:
     Raises:
         CheckpointError: there is no whole checkpoint.
     """
-    checkpoint, passed_over = newest_verified(run)
-    for reason in passed_over:
-        logger.warning("passed over a checkpoint: %s", reason)
-    if checkpoint is None:
-        raise CheckpointError(f"{run} has no whole checkpoint")
+    checkpoint = _checkpoint_to_repeat(run)
     files = read_manifest(checkpoint)["files"]
     size = sum(entry["bytes"] for entry in files.values()) / 1e9
     logger.info("%s: %d files, %.3f GB, as its manifest says", checkpoint, len(files), size)
@@ -84,8 +80,40 @@ def verify_resume(run: Path, config: Path, options: list[str]) -> int:
             logger.error("%s cannot be resumed: exit code %d, see above", checkpoint, code)
             return code
         found = next_record(scratch / "run" / "metrics.jsonl", step_of(checkpoint))
-    assert found is not None  # the last step of a run is always recorded
+    if found is None:
+        logger.info(
+            "%s loads, with its optimizer. It is the end of the run: there is no step left to "
+            "repeat, and no earlier checkpoint to repeat the last one from", checkpoint,
+        )  # fmt: skip
+        return DONE
     return _judge(checkpoint, expected, found)
+
+
+def _checkpoint_to_repeat(run: Path) -> Path:
+    """Return the newest whole checkpoint after which a step is recorded, else the newest whole one.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint.
+    """
+    newest, passed_over = newest_verified(run)
+    for reason in passed_over:
+        logger.warning("passed over a checkpoint: %s", reason)
+    if newest is None:
+        raise CheckpointError(f"{run} has no whole checkpoint")
+    older = [folder for folder in checkpoints(run) if step_of(folder) < step_of(newest)]
+    for folder in [newest, *reversed(older)]:
+        if next_record(run / "metrics.jsonl", step_of(folder)) is not None and _is_whole(folder):
+            return folder
+    return newest
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except CheckpointError as error:
+        logger.warning("passed over a checkpoint: %s", error)
+        return False
+    return True
 
 
 def next_record(file: Path, step: int) -> dict[str, Any] | None:

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from qwen3_sft.errors import LeakError
+from qwen3_sft.errors import LeakError, ModelError
 from qwen3_sft.packing.collator import PackedCollator
 from qwen3_sft.packing.rows import Document
 
@@ -75,6 +76,7 @@ def check_isolation(
 
     Raises:
         LeakError: documents see each other; training would be wrong.
+        ModelError: the model gives NaN or Inf for a document that is alone.
     """
     was_training = model.training
     model.eval()
@@ -85,6 +87,8 @@ def check_isolation(
             _logits(model, [document], len(document[0]), pad_token_id)[0] for document in row
         ]
     model.train(was_training)
+    if not all(logits.isfinite().all() for logits in separate):
+        raise ModelError(_not_finite(model))
     ratios = [_ratio(p, s) for p, s in zip(packed, separate, strict=True)]
     report = LeakReport(
         documents=len(row),
@@ -101,6 +105,22 @@ def check_isolation(
             "another --attn_implementation or switch packing off with --no_packing"
         )
     return report
+
+
+def _not_finite(model: PreTrainedModel) -> str:
+    """Say which weight is to blame, if it is one that lies in this process."""
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        count = int((~local.isfinite()).sum()) if local.is_floating_point() else 0
+        if count:
+            return (
+                f"{name} holds {count:,} values that are NaN or Inf: the base model is damaged or "
+                "comes from a run that diverged; take another copy or an earlier checkpoint of it"
+            )
+    return (
+        "the base model gives NaN or Inf for the first documents of the data, and its weights are "
+        "finite here: set --dtype float32, or look whether it was made for another precision"
+    )
 
 
 def _logits(

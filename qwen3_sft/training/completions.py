@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from qwen3_sft.training.metrics import Metrics, StepLines
+from qwen3_sft.records.step_lines import StepLines
+from qwen3_sft.training.metrics import Metrics
 
 
 class TokenSamples(Protocol):

@@ -6,14 +6,11 @@ no device synchronisation; they are summed over ranks only when a step is logged
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ from qwen3_sft.families.flops import train_flops
 from qwen3_sft.hardware import MemoryStats
 from qwen3_sft.model.layer_compile import RecompileWatch
 from qwen3_sft.packing.collator import BatchStats
+from qwen3_sft.records.step_lines import StepLines
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +48,7 @@ class Window:
     flops: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     paused_s: float = 0.0
+    _pauses: int = 0  # that are going on, one in another
 
     def add(self, stats: BatchStats, flops: float) -> None:
         """Count one micro-batch."""
@@ -67,12 +66,15 @@ class Window:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave what happens inside out of the step time."""
+        """Leave what happens inside out of the step time, once however deep."""
         began = time.perf_counter()
+        self._pauses += 1
         try:
             yield
         finally:
-            self.paused_s += time.perf_counter() - began
+            self._pauses -= 1
+            if not self._pauses:
+                self.paused_s += time.perf_counter() - began
 
     def seconds(self) -> float:
         """Training seconds since the window began."""
@@ -195,42 +197,6 @@ class Metrics:
         logger.info("%s", log_line(record, state.max_steps, left))
         self.window = Window()
         return {key: value for key, value in record.items() if value is not None}
-
-
-class StepLines:
-    """JSON lines with a `step`, such as metrics.jsonl. A full disk costs the file, not the run."""
-
-    def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """Start anew, or keep what a resumed run wrote up to the step it resumes from."""
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if path.exists() and resume_step is not None:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step(line) <= resume_step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record; a non-finite value becomes a string, JSON has no word for it."""
-        line = json.dumps(
-            {key: _json_number(value) for key, value in record.items()}, ensure_ascii=False
-        )
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            logger.warning("cannot write %s (%s); training goes on", self.path, error)
-
-
-def _step(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):  # the last line of a killed run may be cut
-        return 1 << 62
-
-
-def _json_number(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def log_line(record: dict[str, Any], max_steps: int, seconds_left: float) -> str:

@@ -17,32 +17,40 @@ def write_summary(trainer: SftTrainer, folder: RunFolder) -> str:
         folder: of the run; its model is exported.
     """
     # None where early stopping came before the first record.
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] or [None]
+    state = trainer.state
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry] or [None]
     summary = {
         "finished": True,
-        "steps": trainer.state.global_step,
+        "steps": state.global_step,
+        "stopped_early": state.global_step < state.max_steps,
         "first_loss": losses[0],
         "loss": losses[-1],
-        "best_metric": trainer.state.best_metric,
+        "best_metric": state.best_metric,
         "skipped_steps": trainer.metrics.totals.skipped_steps,
         "tokens_seen": trainer.metrics.totals.tokens_seen,
         "model": str(folder.model),
     }
     folder.write_json("summary.json", summary)
+    change = f"loss {_in_words(losses[0])} -> {_in_words(losses[-1])}"
     return (
-        f"done: loss {_in_words(losses[0])} -> {_in_words(losses[-1])} in {summary['steps']} "
-        f"steps, model in {folder.model}\n{before_and_after(folder.samples)}"
+        f"done: {change} in {_steps(summary)}, model in {folder.model}\n"
+        f"{before_and_after(folder.samples)}"
     )
 
 
 def describe_summary(folder: RunFolder, summary: dict[str, Any]) -> str:
     """Return what a second start says of a finished run."""
     return (
-        f"{folder.path} holds a finished run: {summary['steps']} steps, "
+        f"{folder.path} holds a finished run: {_steps(summary)}, "
         f"final loss {_in_words(summary['loss'])}, model in {folder.model}\n"
         f"{before_and_after(folder.samples)}\n"
         "Nothing was changed. To train again choose another --output_dir, or remove the folder."
     )
+
+
+def _steps(summary: dict[str, Any]) -> str:
+    early = ", stopped early: evaluations did not improve" if summary.get("stopped_early") else ""
+    return f"{summary['steps']} steps{early}"
 
 
 def _in_words(loss: float | None) -> str:

@@ -37,6 +37,19 @@ def test_verify_repeats_a_recorded_step_and_changes_nothing(killed, capfd):
     assert content(killed) == before
 
 
+def test_verify_repeats_a_finished_run_from_before_its_end(whole, capfd):  # noqa: F811
+    assert main(["resume", str(whole), "--verify"]) == 0
+    assert "checkpoint-4 resumes exactly: up to step 5 " in capfd.readouterr().out
+
+
+def test_verify_of_nothing_but_the_end_loads_it(whole, tmp_path, capfd):  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoint-4")
+    assert main(["resume", str(run), "--verify"]) == 0
+    assert "checkpoint-8 loads, with its optimizer. It is the end" in capfd.readouterr().out
+
+
 @pytest.mark.faults
 def test_verify_finds_a_run_that_would_not_be_repeated(killed, capfd):
     lines = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()[:6]]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import monkey_patch
-from qwen3_sft.errors import LeakError
+from qwen3_sft.errors import LeakError, ModelError
 from qwen3_sft.packing.isolation import check_isolation
 from tests.support.training import Documents
 
@@ -43,6 +43,14 @@ def test_a_leak_is_refused(tiny_moe, tokenizer, row, autocast):
             layer.self_attn.v_proj.weight *= 20
     with pytest.raises(LeakError, match="--no_packing"):
         check_isolation(tiny_moe, row, 256, tokenizer.pad_token_id, autocast)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named_and_no_leak(tiny_moe, tokenizer, row, bad):
+    with torch.no_grad():
+        tiny_moe.model.layers[1].self_attn.o_proj.weight[3, 5] = bad
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.o_proj\.weight holds 1 values"):
+        check_isolation(tiny_moe, row, 256, tokenizer.pad_token_id)
 
 
 def test_long_documents_are_compared_at_their_beginning(tiny_moe, tokenizer):

@@ -18,8 +18,9 @@ from qwen3_sft.model.activation_checkpointing import enable_checkpointing
 from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.packing.collator import PackedCollator
 from qwen3_sft.packing.rows import PackedDataset
+from qwen3_sft.records.step_lines import StepLines
 from qwen3_sft.training.callbacks import EpochCallback
-from qwen3_sft.training.metrics import Metrics, StepLines
+from qwen3_sft.training.metrics import Metrics
 from qwen3_sft.training.trainer import SftTrainer
 
 PATCHES = ("scatter_moe", "varlen_attention", "router_aux_loss", "linear_cross_entropy")

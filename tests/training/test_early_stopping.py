@@ -3,7 +3,9 @@ import json
 import pytest
 import torch
 
+from qwen3_sft.records.run_folder import RunFolder
 from qwen3_sft.training.callbacks import EarlyStopping
+from qwen3_sft.training.summary import describe_summary, write_summary
 from tests.support.training import Documents, make_trainer, weights
 
 
@@ -22,13 +24,18 @@ def eval_losses(trainer):
     return [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h]
 
 
-def test_it_ends_the_run_at_the_best(trainer):
+def test_it_ends_the_run_at_the_best_and_says_so(trainer, tmp_path):
     stopped = trainer(2)
     stopped.train()
     losses = eval_losses(stopped)
     assert stopped.state.global_step == 2 * len(losses) < 40
     assert min(losses) == losses[-3] < min(losses[-2:])
     assert stopped.evaluate()["eval_loss"] == losses[-3]
+    folder = RunFolder(tmp_path)
+    folder.samples.write_text("")
+    words = f"in {2 * len(losses)} steps, stopped early: evaluations did not improve, model in"
+    assert words in write_summary(stopped, folder)
+    assert words[3:40] in describe_summary(folder, folder.summary() or {})
 
 
 def test_a_resume_counts_on_and_what_had_stopped_stops_again(trainer, tmp_path):

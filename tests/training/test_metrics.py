@@ -8,8 +8,9 @@ import pytest
 from qwen3_sft.hardware import MemoryStats
 from qwen3_sft.packing.collator import BatchStats
 from qwen3_sft.plan.advice import MemorySettings
+from qwen3_sft.records.step_lines import StepLines
 from qwen3_sft.training.memory_guard import MemoryWatch
-from qwen3_sft.training.metrics import StepLines, Window, duration, log_line, throughput
+from qwen3_sft.training.metrics import Window, duration, log_line, throughput
 
 
 def test_throughput_counts_real_tokens_over_all_gpus():
@@ -37,6 +38,18 @@ def test_window_leaves_pauses_out():
     window.add(BatchStats(5, 3, 2, 1, 25), flops=7.0)
     window.add(BatchStats(1, 1, 1, 1, 1), flops=1.0)
     assert window.sums() == [6, 4, 3, 8.0]
+
+
+def test_a_pause_within_a_pause_counts_once():
+    """An evaluation pauses, and so do the completions and the save within it."""
+    window = Window()
+    window.started -= 1.0
+    with window.pause(), window.pause():
+        time.sleep(0.2)
+        with window.pause():
+            time.sleep(0.1)
+    assert 0.25 < window.paused_s < 0.5
+    assert window.seconds() == pytest.approx(1.0, abs=0.2)
 
 
 def test_resume_drops_the_lines_that_will_be_written_again(tmp_path):

@@ -27,9 +27,10 @@ from qwen3_sft.options.model_args import ModelArguments
 from qwen3_sft.options.recipe import parse_options
 from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.packing.rows import PackedDataset
+from qwen3_sft.records.step_lines import StepLines
 from qwen3_sft.training.arguments import completed, final_arguments
 from qwen3_sft.training.loss import loss_sums
-from qwen3_sft.training.metrics import Metrics, StepLines
+from qwen3_sft.training.metrics import Metrics
 from qwen3_sft.training.trainer import SftTrainer
 
 PROFILED = 3
