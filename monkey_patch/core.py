@@ -91,7 +91,7 @@ def class_name(module: nn.Module) -> str:
 _Plans = dict[str, tuple[Replacement, ...]]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class AppliedPatches:
     """What was applied to one model; a context manager that reverts on exit.
 
@@ -104,6 +104,11 @@ class AppliedPatches:
     counts: dict[str, int]
     _model: nn.Module
     _undo: list[tuple[str, Replacement, object]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{name}: {count}" for name, count in self.counts.items())
+        state = "" if self._undo else ", reverted"
+        return f"<patches of {type(self._model).__name__}: {counts}{state}>"
 
     def __enter__(self) -> AppliedPatches:
         return self

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from qwen3_sft.checkpoints.manifest import verify
 from qwen3_sft.checkpoints.sharded import WEIGHTS, load_sharded_weights
 from qwen3_sft.checkpoints.trust import refuse_foreign_code
 from qwen3_sft.errors import CheckpointError
-from qwen3_sft.model.loading import load_strict
+from qwen3_sft.model.loading import auto_class, load_strict
 from qwen3_sft.model.trust import load_config
 
 
@@ -46,7 +46,7 @@ def load_checkpoint(folder: Path, *, trusted: bool = False) -> PreTrainedModel:
 def _empty_model(folder: Path) -> Any:
     config = load_config(folder)
     with no_init_weights():
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class(config).from_config(config)
 
 
 def _load_zero(folder: Path) -> PreTrainedModel:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen3_sft.errors import DONE
+from qwen3_sft.checkpoints.folders import checkpoints
+from qwen3_sft.checkpoints.manifest import MANIFEST
+from qwen3_sft.errors import DONE, UsageError
 from qwen3_sft.logs import set_up_logging
 
 
@@ -27,6 +29,7 @@ def export_command(argv: list[str]) -> int:
         help="load it although that might run code; only if you know who wrote it",
     )  # fmt: skip
     own = parser.parse_args(argv)
+    _require_checkpoint(own.checkpoint)
 
     import torch
 
@@ -36,3 +39,19 @@ def export_command(argv: list[str]) -> int:
     model = load_checkpoint(own.checkpoint, trusted=own.trust_checkpoint == "true")
     export_model(model, own.checkpoint, own.folder, getattr(torch, own.dtype))
     return DONE
+
+
+def _require_checkpoint(folder: Path) -> None:
+    """Say what to give where a run folder, a model or nothing was named.
+
+    Raises:
+        UsageError: it is no checkpoint.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; give a checkpoint of a run, RUN/checkpoint-N")
+    if (folder / MANIFEST).is_file():
+        return
+    if inside := checkpoints(folder):
+        raise UsageError(f"{folder} is a run, not a checkpoint; its newest is {inside[-1]}")
+    if (folder / "config.json").is_file():
+        raise UsageError(f"{folder} holds a model, not a checkpoint of a run: it needs no export")

@@ -22,7 +22,7 @@ from qwen3_sft.data.readers import find_sources
 from qwen3_sft.data.report import check_drops, make_report, report_origin, report_text
 from qwen3_sft.data.tokenize_rows import Counts, RowTokenizer, TokenizedSample
 from qwen3_sft.demo.build import resolve_demo
-from qwen3_sft.errors import DONE
+from qwen3_sft.errors import DONE, UsageError
 from qwen3_sft.model.loading import load_tokenizer, resolve_tokenizer
 from qwen3_sft.options.recipe import parse_options
 
@@ -47,10 +47,16 @@ def command(argv: list[str], *, color: bool = False) -> tuple[Iterator[str], int
         ModelError: the model has no tokenizer that this project knows.
         DataError: as `inspect`.
     """
-    parser = argparse.ArgumentParser(prog="qwen3-sft data inspect", add_help=False)
-    parser.add_argument("-n", type=int, default=5)
+    epilog = "and options of a run (train --help); --dataset and --model_name_or_path are needed"
+    parser = argparse.ArgumentParser("qwen3-sft data inspect", add_help=False, epilog=epilog)
+    parser.add_argument("-h", "--help", action="store_true", help="this text")
+    parser.add_argument("-n", type=int, default=5, help="samples to show; 5")
     parser.add_argument("--format", choices=("text", "json"), default="text")
     own, rest = parser.parse_known_args(argv)
+    if own.help:
+        return iter([parser.format_help()]), DONE
+    if own.n < 1:
+        raise UsageError(f"-n {own.n}: must be at least 1")
     options = parse_options(rest)
     model, data = resolve_demo(options.model.model_name_or_path, options.data)
     tokenizer = load_tokenizer(resolve_tokenizer(model, options.model.model_revision))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import DoesNotFitError, UsageError
-from qwen3_sft.hardware import device_info, find_device
+from qwen3_sft.hardware import DEVICES, device_info, find_device
 from qwen3_sft.model.activation_checkpointing import Policy
 from qwen3_sft.plan.activations import ActivationPlan
 from qwen3_sft.plan.step_time import StepTime
@@ -45,7 +45,8 @@ class Gpu:
         """
         if spec := find_device(name):
             return cls(spec.name, spec.memory_gib)
-        raise UsageError(f"--gpus {name}: unknown; the names are those of qwen3_sft/hardware.py")
+        known = ", ".join(device.name for device in DEVICES)
+        raise UsageError(f"--gpus {name}: unknown; known are {known}")
 
     @property
     def reserve_gib(self) -> float:

@@ -60,6 +60,7 @@ def test_applies_counts_and_restores_every_kind_of_attribute():
     with apply_patches(net, [patch]) as applied:
         assert applied.names == ("all",)
         assert applied.counts == {"all": 3}
+        assert repr(applied) == "<patches of Sequential: all: 3>"
         assert net[1] is doubled
         assert list(net._modules) == ["0", "1"]
         assert net.config.mode == "fast"
