@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from dataclasses import replace
+from typing import Any
 
+import torch
+from accelerate.utils import DistributedType
 from transformers import set_seed
 
 from qwen3_sft.distributed.engine import Engine
@@ -83,9 +87,14 @@ def final_arguments(options: Options, engine: Engine) -> TrainArguments:
         engine: what spreads the run over processes.
 
     Raises:
-        UsageError: transformers refuses a value, or several GPUs are visible to one process.
+        UsageError: transformers refuses a value, several GPUs are visible to one process, or the
+            processes would train apart.
     """
-    args = options.train.arguments()
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    with_gpus = torch.cuda.is_available() and not options.train.use_cpu
+    train = options.train if with_gpus or launched == 1 else _on_cpus(options.train, engine)
+    args = train.arguments()
+    _check_together(args, launched)
     if args.n_gpu > 1:
         raise UsageError(
             f"{args.n_gpu} GPUs are visible to one process: launch with config/ddp.json, or choose "
@@ -99,6 +108,41 @@ def final_arguments(options: Options, engine: Engine) -> TrainArguments:
         )
     set_seed(args.seed)
     return args
+
+
+def _on_cpus(train: TrainDraft, engine: Engine) -> TrainDraft:
+    """Have accelerate make one group of processes without GPUs, which it does not by itself.
+
+    What is set here is for this machine, and so in no recipe that the run leaves.
+
+    Raises:
+        UsageError: the engine needs GPUs.
+    """
+    if engine.kind in ("ddp", "native"):
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        return train
+    if engine.kind == "fsdp" and "ACCELERATE_TORCH_DEVICE" not in os.environ:
+        raise UsageError(
+            "accelerate's FSDP needs GPUs, and there is none here: launch with config/ddp.json, "
+            "with --fsdp_size -1 if the weights are to be sharded"
+        )
+    return replace(train, ddp_backend=train.ddp_backend or "gloo")
+
+
+def _check_together(args: TrainArguments, launched: int) -> None:
+    """Compare what the launcher started with what accelerate found: each would train alone.
+
+    Raises:
+        UsageError: they differ.
+    """
+    state: Any = args.distributed_state
+    is_apart = launched > 1 and state.distributed_type == DistributedType.NO
+    if args.world_size != launched or is_apart:
+        raise UsageError(
+            f"the launcher started {launched} processes, and accelerate sees "
+            f"{1 if is_apart else args.world_size}: each would train alone. Launch with accelerate "
+            "launch and one of config/*.json, or torchrun, and leave --ddp_backend out"
+        )
 
 
 def _with_evaluation(train: TrainDraft, *, has_eval: bool) -> TrainDraft:
