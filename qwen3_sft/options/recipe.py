@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from argparse import Namespace
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -20,6 +19,7 @@ from qwen3_sft.errors import UsageError
 from qwen3_sft.options.data_args import DataArguments
 from qwen3_sft.options.draft import TrainDraft
 from qwen3_sft.options.model_args import ModelArguments
+from qwen3_sft.options.paths import expanded, with_expanded_paths
 from qwen3_sft.options.refused_options import REFUSED
 from qwen3_sft.options.secret_options import is_secret
 from qwen3_sft.options.train_args import TrainArguments
@@ -96,15 +96,17 @@ def parse_options(argv: list[str], *, needs_data: bool = True) -> Options:
     """
     parser = _parser()
     pre, rest = _config_parser().parse_known_args(argv)
-    tokens = _recipe_tokens(Path(pre.config), parser) if pre.config else []
+    recipe = None if pre.config is None else expanded(pre.config, "--config")
+    tokens = [] if recipe is None else _recipe_tokens(Path(recipe), parser)
     namespace, unknown = parser.parse_known_args([*tokens, *rest])
     if unknown:
         raise UsageError(_unknown(unknown[0], parser, "on the command line"))
+    values = with_expanded_paths(vars(namespace))
     options = Options(
-        model=ModelArguments(**_pick(namespace, ModelArguments)),
-        data=DataArguments(**_pick(namespace, DataArguments)),
-        train=TrainDraft(**_pick(namespace, TrainArguments)),
-        recipe=pre.config,
+        model=ModelArguments(**_pick(values, ModelArguments)),
+        data=DataArguments(**_pick(values, DataArguments)),
+        train=TrainDraft(**_pick(values, TrainArguments)),
+        recipe=recipe,
     )
     _check(options, needs_data=needs_data)
     return options
@@ -130,9 +132,8 @@ def _config_parser() -> _Parser:
     return parser
 
 
-def _pick(namespace: Namespace, kind: type) -> dict[str, Any]:
-    names = [f.name for f in dataclasses.fields(kind) if f.init]
-    return {name: getattr(namespace, name) for name in names}
+def _pick(values: dict[str, Any], kind: type) -> dict[str, Any]:
+    return {field.name: values[field.name] for field in dataclasses.fields(kind) if field.init}
 
 
 def _recipe_tokens(path: Path, parser: _Parser) -> list[str]:
