@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +39,14 @@ def expanded(text: str, name: str) -> str:
     return path
 
 
-def with_expanded_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options by name, every path among them expanded.
+def with_expanded_paths(name: str, value: Any) -> Any:
+    """Return the value of an option; if it is a path or a list of them, expanded.
 
     Raises:
         UsageError: as `expanded`.
     """
-    found = dict(values)
-    for name in PATH_OPTIONS:
-        value = found.get(name)
-        if isinstance(value, list):
-            found[name] = [expanded(entry, f"--{name}") for entry in value]
-        elif value is not None:
-            found[name] = expanded(value, f"--{name}")
-    return found
+    if name not in PATH_OPTIONS or value is None:
+        return value
+    if isinstance(value, list):
+        return [expanded(entry, f"--{name}") for entry in value]
+    return expanded(value, f"--{name}")
