@@ -67,9 +67,7 @@ def read_recipe(path: Path, texts: Collection[str]) -> list[Entry]:
                 return []
             kind = type(content).__name__
             raise UsageError(f"{path}: expected `key: value` lines, found a {kind}")
-        loader.construct_mapping(
-            node, deep=True
-        )  # finds keys that stand twice, and resolves merges
+        loader.construct_mapping(node, deep=True)  # resolves merges, too
         entries: dict[str, Entry] = {}
         spelled: dict[str, str] = {}
         for key, value in node.value:

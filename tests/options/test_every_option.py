@@ -185,7 +185,7 @@ def test_seen(words):
         ("--trackio_space_id a/b", "--trackio_space_id a/b: .*--report_to trackio"),
         ("--fp16 true --bf16 true", "--fp16 and --bf16"),
         ('--lr_scheduler_kwargs {"bogus":1}', "--lr_scheduler_kwargs .*bogus"),
-        ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr .*min_lr"),
+        ("--lr_scheduler_type cosine_with_min_lr", "cosine_with_min_lr .*min_lr"),
         ("--lr_scheduler_type warmup_stable_decay", "warmup_stable_decay .*decay"),
     ],
 )  # fmt: skip

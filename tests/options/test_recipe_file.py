@@ -77,7 +77,7 @@ def test_the_line_is_blamed(tmp_path, text, message):
 
 
 def test_the_command_line_is_blamed_for_its_own(tmp_path):
-    with pytest.raises(UsageError, match="^--seed -1: must be"):
+    with pytest.raises(UsageError, match=r"^--seed -1: must be"):
         parsed(tmp_path, "seed: 1\n", "--seed", "-1")
     assert parsed(tmp_path, "seed: -1\n", "--seed", "2").train.seed == 2, "it wins"
 
@@ -88,11 +88,11 @@ def test_a_byte_order_mark_is_no_content(tmp_path):
 
 def test_what_cannot_be_read(tmp_path):
     for path in (tmp_path, tmp_path / ("x" * 300)):
-        with pytest.raises(UsageError, match="--config .*: cannot be read: "):
+        with pytest.raises(UsageError, match=r"--config .*: cannot be read: "):
             parse_options(["--config", str(path), *LEAST])
     locked = tmp_path / "locked.yaml"
     locked.write_text("seed: 1\n")
     locked.chmod(0)
     if os.geteuid():  # root reads everything
-        with pytest.raises(UsageError, match="--config .*: cannot be read: Permission denied"):
+        with pytest.raises(UsageError, match=r"--config .*: cannot be read: Permission denied"):
             parse_options(["--config", str(locked), *LEAST])
