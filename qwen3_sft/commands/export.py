@@ -9,26 +9,20 @@ from qwen3_sft.checkpoints.folders import checkpoints
 from qwen3_sft.checkpoints.manifest import MANIFEST
 from qwen3_sft.errors import DONE, UsageError
 from qwen3_sft.logs import set_up_logging
+from qwen3_sft.options.paths import expanded
 
 
 def export_command(argv: list[str]) -> int:
     """Run `CHECKPOINT FOLDER [--dtype DTYPE] [--trust_checkpoint true]`; return the exit code.
 
     Raises:
+        UsageError: a path names a variable that is not set.
         ModelError: the checkpoint's model is not one that this project trains.
         CheckpointError: it is damaged, or loading it might run code.
         ExportError: what was written does not reproduce it.
     """
     set_up_logging()
-    parser = argparse.ArgumentParser(prog="qwen3-sft export")
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument(
-        "--trust_checkpoint", nargs="?", const="true", default="false", choices=("true", "false"),
-        help="load it although that might run code; only if you know who wrote it",
-    )  # fmt: skip
-    own = parser.parse_args(argv)
+    own = parse(argv)
     _require_checkpoint(own.checkpoint)
 
     import torch
@@ -39,6 +33,22 @@ def export_command(argv: list[str]) -> int:
     model = load_checkpoint(own.checkpoint, trusted=own.trust_checkpoint == "true")
     export_model(model, own.checkpoint, own.folder, getattr(torch, own.dtype))
     return DONE
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Return what the words say: `checkpoint`, `folder`, `dtype` and `trust_checkpoint`."""
+    parser = argparse.ArgumentParser(prog="qwen3-sft export")
+    parser.add_argument("checkpoint")
+    parser.add_argument("folder")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--trust_checkpoint", nargs="?", const="true", default="false", choices=("true", "false"),
+        help="load it although that might run code; only if you know who wrote it",
+    )  # fmt: skip
+    own = parser.parse_args(argv)
+    own.checkpoint = Path(expanded(own.checkpoint, "CHECKPOINT"))
+    own.folder = Path(expanded(own.folder, "FOLDER"))
+    return own
 
 
 def _require_checkpoint(folder: Path) -> None:

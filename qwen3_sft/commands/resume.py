@@ -22,6 +22,7 @@ from qwen3_sft.checkpoints.manifest import read_manifest, verify
 from qwen3_sft.errors import DONE, FAILED, CheckpointError, UsageError
 from qwen3_sft.launch.launch import launch
 from qwen3_sft.logs import set_up_logging
+from qwen3_sft.options.paths import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,10 @@ def resume_command(argv: list[str]) -> int:
     """
     set_up_logging()
     parser = argparse.ArgumentParser(prog="qwen3-sft resume")
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run")
     parser.add_argument("--verify", action="store_true")
     own, options = parser.parse_known_args(argv)
+    own.run = Path(expanded(own.run, "RUN"))
     config = own.run / "config.yaml"
     if not config.is_file():
         raise UsageError(f"{own.run} is no run folder: it has no config.yaml")

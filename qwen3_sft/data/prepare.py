@@ -119,7 +119,7 @@ def _refuse_process_group() -> None:
 
 def _cache_folder(args: DataArguments) -> Path:
     if args.data_cache_dir:
-        return Path(args.data_cache_dir).expanduser()
+        return Path(args.data_cache_dir)
     return Path.home() / ".cache" / "qwen3_sft" / "tokens"
 
 

@@ -68,14 +68,14 @@ def find_sources(args: DataArguments, *, eval: bool = False) -> list[RowSource]:
 
 
 def _find(name: str, args: DataArguments) -> list[RowSource]:
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_file():
         return [_FileSource(path)]
     if path.is_dir():
         return _folder_sources(path, args.dataset_split)
     base, colon, split = name.rpartition(":")
-    if colon and Path(base).expanduser().is_dir():
-        return _folder_sources(Path(base).expanduser(), split)
+    if colon and Path(base).is_dir():
+        return _folder_sources(Path(base), split)
     hub_id, split = (base, split) if colon else (name, args.dataset_split)
     if not _looks_like_hub_id(hub_id):
         raise DataError(f"{name}: no such file or folder{_suggestion(path)}")

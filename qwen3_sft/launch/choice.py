@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import qwen3_sft
+from qwen3_sft.options.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -72,6 +73,7 @@ def choose(
         UsageError: the options are wrong, or a file that is named does not exist.
     """
     if named := environment.get("ACCELERATE_CONFIG"):
+        named = expanded(named, "ACCELERATE_CONFIG")
         deepspeed = deepspeed_file(named)
         flags = ["--deepspeed_config_file", str(deepspeed)] if deepspeed else []
         if gpus_per_node and _is_shipped_for_several(Path(named)):
@@ -92,7 +94,7 @@ def choose(
 
 def _is_shipped_for_several(launch_file: Path) -> bool:
     """Whether the number of processes in a file is our guess of eight, not its owner's choice."""
-    is_ours = launch_file.expanduser().resolve().parent == CONFIG.resolve()
+    is_ours = launch_file.resolve().parent == CONFIG.resolve()
     config = _read(launch_file)
     return is_ours and config["distributed_type"] != "NO" and config["num_machines"] == 1
 
@@ -105,7 +107,7 @@ def deepspeed_file(launch_file: str | Path) -> Path | None:
     """
     from qwen3_sft.errors import UsageError
 
-    launch_file = Path(launch_file).expanduser()
+    launch_file = Path(launch_file)
     if not launch_file.is_file():
         raise UsageError(f"launch file {launch_file}: no such file")
     named = (_read(launch_file).get("deepspeed_config") or {}).get("deepspeed_config_file")

@@ -48,7 +48,7 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
         ModelError: neither a folder with a config.json nor a hub id that can be fetched, or a
             model type that this project does not train.
     """
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if not folder.is_dir():
         require_by_name("train", name)
         folder = _download(name, revision, CHECKPOINT_FILES)
@@ -70,7 +70,7 @@ def resolve_tokenizer(name: str, revision: str | None = None) -> Path:
     Raises:
         ModelError: neither a folder nor a hub id that can be fetched.
     """
-    folder = Path(name).expanduser()
+    folder = Path(name)
     return folder if folder.is_dir() else _download(name, revision, TOKENIZER_FILES)
 
 

@@ -6,25 +6,31 @@ the command line, and an unknown name is an error that suggests the nearest one.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import difflib
-import json
-from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from qwen3_sft.errors import UsageError
+from qwen3_sft.options.combinations import check_combinations
 from qwen3_sft.options.data_args import DataArguments
 from qwen3_sft.options.draft import TrainDraft
+from qwen3_sft.options.judged_options import REFUSED
+from qwen3_sft.options.known_elsewhere import describe_unknown
 from qwen3_sft.options.model_args import ModelArguments
-from qwen3_sft.options.refused_options import REFUSED
+from qwen3_sft.options.paths import expanded, with_expanded_paths
+from qwen3_sft.options.recipe_file import Entry, read_recipe
 from qwen3_sft.options.secret_options import is_secret
 from qwen3_sft.options.train_args import TrainArguments
+from qwen3_sft.options.values import check_value
 
 _KINDS = (ModelArguments, DataArguments, TrainArguments)
+_NUMBERS = (int, float, string_to_bool)  # and switches: what YAML reads as we do
 
 
 class _Parser(HfArgumentParser):
@@ -96,27 +102,33 @@ def parse_options(argv: list[str], *, needs_data: bool = True) -> Options:
     """
     parser = _parser()
     pre, rest = _config_parser().parse_known_args(argv)
-    tokens = _recipe_tokens(Path(pre.config), parser) if pre.config else []
-    namespace, unknown = parser.parse_known_args([*tokens, *rest])
+    recipe = None if pre.config is None else expanded(pre.config, "--config")
+    words, places = ([], {}) if recipe is None else _recipe_words(Path(recipe), parser)
+    namespace, unknown = parser.parse_known_args([*words, *rest])
     if unknown:
         raise UsageError(_unknown(unknown[0], parser, "on the command line"))
+    values = _checked(vars(namespace), places, rest)
     options = Options(
-        model=ModelArguments(**_pick(namespace, ModelArguments)),
-        data=DataArguments(**_pick(namespace, DataArguments)),
-        train=TrainDraft(**_pick(namespace, TrainArguments)),
-        recipe=pre.config,
+        model=ModelArguments(**_pick(values, ModelArguments)),
+        data=DataArguments(**_pick(values, DataArguments)),
+        train=TrainDraft(**_pick(values, TrainArguments)),
+        recipe=recipe,
     )
     _check(options, needs_data=needs_data)
     return options
 
 
 def _parser() -> _Parser:
-    return _Parser(
+    parser = _Parser(
         list(_KINDS),  # type: ignore[arg-type]
         prog="qwen3-sft train",
         allow_abbrev=False,
         add_help=False,
     )
+    for action in parser._actions:  # of what is refused any value gets its sentence
+        if action.dest in REFUSED and action.type not in _NUMBERS:
+            action.type = str
+    return parser
 
 
 def help_text() -> str:
@@ -130,104 +142,79 @@ def _config_parser() -> _Parser:
     return parser
 
 
-def _pick(namespace: Namespace, kind: type) -> dict[str, Any]:
-    names = [f.name for f in dataclasses.fields(kind) if f.init]
-    return {name: getattr(namespace, name) for name in names}
+def _pick(values: dict[str, Any], kind: type) -> dict[str, Any]:
+    return {field.name: values[field.name] for field in dataclasses.fields(kind) if field.init}
 
 
-def _recipe_tokens(path: Path, parser: _Parser) -> list[str]:
-    """Turn a recipe into command line tokens; a null becomes the parser's default."""
-    known = {action.dest for action in parser._actions}
-    tokens: list[str] = []
-    for key, value in _load_recipe(path).items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise UsageError(_unknown(f"--{name}", parser, f"in {path}"))
-        if value is None:
-            _check_null(name, path)
-            parser.set_defaults(**{name: None})
-        elif isinstance(value, list):
-            tokens += _list_tokens(name, value, path)
-        else:
-            text = json.dumps(value) if isinstance(value, dict) else str(value)
-            tokens.append(f"--{name}={text}")
-    return tokens
+def _checked(values: dict[str, Any], places: dict[str, str], argv: list[str]) -> dict[str, Any]:
+    """Return values with their paths expanded; blame the recipe's line unless `argv` wins."""
+    found = dict(values)
+    given = {word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    for name, value in values.items():
+        with _blamed_on(None if {name, f"no_{name}"} & given else places.get(name)):
+            check_value(name, value)
+            found[name] = with_expanded_paths(name, value)
+    return found
 
 
-def _load_recipe(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UsageError(f"--config {path}: no such file")
+@contextmanager
+def _blamed_on(where: str | None) -> Iterator[None]:
+    """Put a line of a recipe before the message of an error."""
     try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise UsageError(f"{path}: expected `key: value` lines, found a {type(recipe).__name__}")
-    return recipe
+        yield
+    except UsageError as error:
+        raise error if where is None else UsageError(f"{where}: {error}") from error
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML lets a key that is repeated win silently; here it is an error."""
+def _recipe_words(path: Path, parser: _Parser) -> tuple[list[str], dict[str, str]]:
+    """Return a recipe's words and where each option stands; a null becomes the default."""
+    actions = {action.dest: action for action in reversed(parser._actions)}  # not --no_...
+    texts = {name for name, action in actions.items() if action.type not in _NUMBERS}
+    words: list[str] = []
+    places: dict[str, str] = {}
+    for entry in read_recipe(path, texts):
+        if entry.name not in actions:
+            raise UsageError(_unknown(f"--{entry.name}", parser, f"in {entry.where}"))
+        places[entry.name] = entry.where
+        with _blamed_on(entry.where):
+            if entry.value is None:
+                _check_null(entry.name)
+                parser.set_defaults(**{entry.name: None})
+                continue
+            own = _words(entry, actions[entry.name])
+            parser.parse_known_args(own)  # here, where it is known whom to blame
+        words += own
+    return words, places
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} stands twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
 
-
-def _check_null(name: str, path: Path) -> None:
+def _check_null(name: str) -> None:
     for kind in _KINDS:
         if name in (hints := get_type_hints(kind)) and type(None) not in get_args(hints[name]):
-            raise UsageError(f"{path}: {name} cannot be null; leave it out for its default")
+            raise UsageError(f"{name} cannot be null; leave it out for its default")
 
 
-def _list_tokens(name: str, values: list[Any], path: Path) -> list[str]:
-    words = [str(value) for value in values]
-    for word in words:
+def _words(entry: Entry, action: argparse.Action) -> list[str]:
+    name, value = entry.name, entry.value
+    if isinstance(value, tuple):
+        if not any("dict" in str(get_type_hints(kind).get(name)) for kind in _KINDS):
+            raise UsageError(f"--{name} {value[0]}: must be a word or a number, not a mapping")
+        return [f"--{name}={value[0]}"]
+    if not isinstance(value, list):
+        return [f"--{name}={value}"]
+    if value and action.nargs != "+":
+        raise UsageError(f"--{name} {value}: takes one value, not a list")
+    for word in value:
         if word.startswith("-"):
-            raise UsageError(f"{path}: {name} has the entry {word!r}; entries cannot begin with -")
-    return [f"--{name}", *words] if words else []
+            raise UsageError(f"--{name} has the entry {word!r}; entries cannot begin with -")
+    return [f"--{name}", *value] if value else []
 
 
 def _unknown(token: str, parser: _Parser, where: str) -> str:
     if not token.startswith("--"):
         return f"unexpected value {token!r} {where}"
     name = token[2:].split("=")[0].replace("-", "_")
-    names = [a.dest for a in parser._actions if a.dest not in REFUSED]  # ours come first
-    nearest = _ALIASES.get(name) or max(names, key=lambda known: _likeness(name, known))
-    return f"unknown option --{name} {where}; did you mean --{nearest}? (--help lists all)"
-
-
-# What other tools call an option of ours.
-_ALIASES = {
-    "batch_size": "per_device_train_batch_size",
-    "micro_batch_size": "per_device_train_batch_size",
-    "train_batch_size": "per_device_train_batch_size",
-    "epochs": "num_train_epochs",
-    "lr": "learning_rate",
-    "max_seq_length": "max_length",
-    "seq_length": "max_length",
-    "cutoff_len": "max_length",
-    "model": "model_name_or_path",
-    "model_path": "model_name_or_path",
-    "data": "dataset",
-    "data_path": "dataset",
-    "output": "output_dir",
-}
-
-
-def _likeness(name: str, known: str) -> float:
-    """Compare whole names, and either end of a long one: `modle` means model_name_or_path."""
-    length = len(name)
-    whole, start, end = (
-        difflib.SequenceMatcher(None, name, part).ratio()
-        for part in (known, known[:length], known[-length:])
-    )
-    return max(whole, 0.9 * start, 0.9 * end)
+    known = [a.dest for a in parser._actions if a.dest not in REFUSED]  # ours come first
+    return describe_unknown(name, where, known)
 
 
 def _check(options: Options, *, needs_data: bool) -> None:
@@ -235,20 +222,4 @@ def _check(options: Options, *, needs_data: bool) -> None:
         raise UsageError("no model: set --model_name_or_path to a folder or hub id (or `demo`)")
     if needs_data and not options.data.dataset:
         raise UsageError("no data: set --dataset to files, folders or hub ids (or `demo`)")
-    if not 0 <= options.data.eval_fraction <= 0.5:
-        raise UsageError(f"--eval_fraction {options.data.eval_fraction}: must be 0 to 0.5")
-    if options.data.eval_fraction and options.data.eval_dataset:
-        raise UsageError("--eval_fraction and --eval_dataset are both set: choose one")
-    for name in ("num_proc", "max_rows"):
-        value = getattr(options.data, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} {value}: must be at least 1")
-    for name in ("run_name", "project"):
-        value = str(getattr(options.train, name))
-        if set(value) & {"/", "\\", "\0"} or value.startswith("."):
-            raise UsageError(
-                f"--{name} {value}: a name, not a path, since reporters name files after it; "
-                "leave out / and \\ and a leading dot"
-            )
-    if options.data.max_length < 8:
-        raise UsageError(f"--max_length {options.data.max_length}: must be at least 8")
+    check_combinations(options.data, options.train)

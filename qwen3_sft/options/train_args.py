@@ -13,8 +13,6 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
-from qwen3_sft.options.refused_options import REFUSED
-
 
 @dataclass
 class TrainArguments(TrainingArguments):
@@ -141,16 +139,14 @@ class TrainArguments(TrainingArguments):
     compiles_layers: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        """Refuse what would be ignored or wrong here, then let transformers check the rest.
+        """Switch off upstream's own code for what is done here, then let transformers check.
 
         Raises:
-            ValueError: naming the option and what to use instead.
+            ValueError: transformers refuses a value.
         """
-        for name, (bad, reason) in REFUSED.items():
-            if getattr(self, name) not in bad:
-                raise ValueError(f"--{name} {getattr(self, name)}: {reason}")
         self.checkpointing = self.activation_checkpointing
         self.activation_checkpointing = False  # type: ignore[bad-assignment]
         self.compiles_layers, self.torch_compile = self.torch_compile, False
         self.ddp_timeout = self.dist_timeout_s
+        self.push_to_hub, self.hub_token = False, None  # export/upload.py reads the draft
         super().__post_init__()

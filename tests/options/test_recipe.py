@@ -13,7 +13,6 @@ from qwen3_sft.errors import UsageError
 from qwen3_sft.options.data_args import DataArguments
 from qwen3_sft.options.model_args import ModelArguments
 from qwen3_sft.options.recipe import Options, help_text, parse_options
-from qwen3_sft.options.refused_options import REFUSED
 from qwen3_sft.options.train_args import TrainArguments
 
 LEAST = ["--model_name_or_path", "some/model", "--dataset", "rows.jsonl"]
@@ -217,47 +216,6 @@ def test_max_length_bounds(length, is_fine):
         return
     with pytest.raises(UsageError, match=f"--max_length {length}: must be at least 8"):
         parse_options(argv)
-
-
-# A value that a user might write, for each option that would be ignored or wrong.
-REFUSED_VALUES = {
-    "use_liger_kernel": "true",
-    "label_smoothing_factor": "0.1",
-    "auto_find_batch_size": "true",
-    "dataloader_persistent_workers": "true",
-    "dataloader_drop_last": "true",
-    "remove_unused_columns": "true",
-    "logging_nan_inf_filter": "true",
-    "enable_jit_checkpoint": "true",
-    "resume_from_checkpoint": "runs/a/checkpoint-1",
-    "ddp_timeout": "60",
-    "train_sampling_strategy": "group_by_length",
-    "gradient_checkpointing": "true",
-    "gradient_checkpointing_kwargs": '{"use_reentrant": true}',
-    "activation_checkpointing_kwargs": '{"use_reentrant": true}',
-    "torch_compile_backend": "eager",
-    "torch_compile_mode": "max-autotune",
-    "fsdp": "full_shard",
-    "deepspeed": "ds.json",
-}
-
-
-def test_every_refused_option_has_a_case():
-    assert REFUSED_VALUES.keys() == REFUSED.keys(), "add the option and a value above"
-
-
-@pytest.mark.parametrize("option", sorted(REFUSED))
-def test_refused_options(option, tmp_path):
-    value = REFUSED_VALUES[option]
-    options = parse_options([*LEAST, "--output_dir", str(tmp_path), f"--{option}", value])
-    with pytest.raises(UsageError, match=f"^--{option} .*{REFUSED[option][1][:20]}"):
-        options.train.arguments()
-
-
-def test_values_that_transformers_refuses_are_usage_errors(tmp_path):
-    argv = [*LEAST, "--output_dir", str(tmp_path), "--lr_scheduler_type", "wavy"]
-    with pytest.raises(UsageError, match="wavy"):
-        parse_options(argv).train.arguments()
 
 
 @pytest.mark.parametrize(
