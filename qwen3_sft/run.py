@@ -38,6 +38,9 @@ from qwen3_sft.options.draft import TrainDraft
 from qwen3_sft.options.recipe import Options, help_text, parse_options
 from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.plan.advice import MemorySettings
+from qwen3_sft.records.folder_lock import claimed
+from qwen3_sft.records.overlap import refuse_run_over_source
+from qwen3_sft.records.ownership import refuse_foreign_run
 from qwen3_sft.records.run_folder import RunFolder, versions
 from qwen3_sft.training.arguments import final_arguments
 from qwen3_sft.training.callbacks import TellStep
@@ -72,12 +75,19 @@ def run(options: Options, peers: PeerWatch) -> int:
     That is 75 where a signal has interrupted training, which is then saved.
     """
     folder = RunFolder(options.output_dir)
+    if os.environ.get("RANK", "0") == "0":  # it may have begun to write by the time others look
+        refuse_run_over_source(options)
+        refuse_foreign_run(folder.path)
     if summary := folder.summary():
         logger.info("%s", describe_summary(folder, summary))
         return DONE
     check_resume(folder, options.train.resume)
     check_allowed(options.train.allow_change)
-    folder.create()
+    with claimed(folder):
+        return _run_in(folder, options, peers)
+
+
+def _run_in(folder: RunFolder, options: Options, peers: PeerWatch) -> int:
     name, data = resolve_demo(options.model.model_name_or_path, options.data, folder.path / "base")
     base = resolve_model(name, options.model.model_revision)
     # Before TrainingArguments exist: then even a model on the meta device would be sharded.
@@ -198,7 +208,7 @@ def _finish(trainer: SftTrainer, options: Options, base: Path, folder: RunFolder
     dtype = options.model.export_dtype
     export_model(
         trainer.accelerator.unwrap_model(trainer.model), base, folder.model,
-        None if dtype == "auto" else getattr(torch, dtype),
+        None if dtype == "auto" else getattr(torch, dtype), source=folder.path,
     )  # fmt: skip
     if trainer.is_world_process_zero():
         logger.info("%s", write_summary(trainer, folder))

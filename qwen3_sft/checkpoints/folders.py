@@ -16,8 +16,9 @@ import re
 import shutil
 from pathlib import Path
 
-from qwen3_sft.checkpoints.manifest import verify
+from qwen3_sft.checkpoints.manifest import MANIFEST, read_manifest, verify
 from qwen3_sft.errors import CheckpointError
+from qwen3_sft.records.ownership import EXPORT_MARK, is_export
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +27,12 @@ STAGING = ".saving"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # Folders on their way out; the rest of their name is the one they had.
 _REPLACED, _REMOVED = ".replaced-", ".removed-"
+# Names that a run folder has only from us (`refuse_foreign_run`), whatever is left inside.
+_LEFTOVER = re.compile(r"\.saving|\.(removed|replaced)-checkpoint-\d+")
 
 
 def newest_verified(output_dir: Path) -> tuple[Path | None, list[str]]:
     """Return the newest whole checkpoint and why newer ones were passed over."""
-    _put_back(output_dir)
     passed_over = []
     for folder in reversed(checkpoints(output_dir)):
         logger.info("verifying %s", folder)
@@ -61,19 +63,52 @@ def publish(staged: Path, final: Path) -> None:
     """Give a sealed folder its final name; one that has it already is removed afterwards.
 
     Whoever is killed in between leaves the old folder or the new one: the old one is renamed, and
-    if the new one did not come, `newest_verified` and the next save put it back.
+    if the new one did not come, the next start and the next save put it back (`put_back`).
+
+    Raises:
+        CheckpointError: what has the name already was not written by us.
     """
+    refuse_foreign(final)
     replaced = final.with_name(_REPLACED + final.name)
     for path in (*staged.rglob("*"), staged):
         _sync(path)
     if final.exists():
         if replaced.exists():
-            shutil.rmtree(replaced)
+            if not _may_go(replaced):
+                refuse_foreign(replaced)
+            _drop(replaced)
         os.rename(final, replaced)
     os.rename(staged, final)
     _sync(final.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    if replaced.exists() and _may_go(replaced):
+        _drop(replaced)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is empty, a checkpoint that we sealed, whole or not, or an export."""
+    return folder.is_dir() and (not any(folder.iterdir()) or is_sealed(folder) or is_export(folder))
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a folder has a manifest of ours, whatever has become of the files."""
+    try:
+        read_manifest(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse to replace what we have not written.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if folder.exists() and not is_ours(folder):
+        raise CheckpointError(
+            f"{folder} was not written by us (it has no {MANIFEST}) and is not replaced: move it "
+            "away, or choose another --output_dir"
+        )
 
 
 def remove(folder: Path) -> None:
@@ -95,19 +130,35 @@ def clear_leftovers(output_dir: Path) -> None:
     Raises:
         OSError: it cannot be removed.
     """
-    _put_back(output_dir)
-    for pattern in (STAGING, f"{_REPLACED}*", f"{_REMOVED}*"):
-        for path in list(output_dir.glob(pattern)):
-            shutil.rmtree(path)
+    put_back(output_dir)
+    for path in list(output_dir.iterdir()):
+        if _may_go(path):
+            _drop(path)
 
 
-def _put_back(output_dir: Path) -> None:
+def put_back(output_dir: Path) -> None:
     """Finish what `publish` did not: between its renames nothing has the final name."""
-    for replaced in list(output_dir.glob(f"{_REPLACED}*")):
+    for replaced in filter(_may_go, list(output_dir.glob(f"{_REPLACED}*"))):
         final = output_dir / replaced.name.removeprefix(_REPLACED)
         if not final.exists():
             logger.warning("%s was being replaced when the run ended; it is put back", final)
             os.rename(replaced, final)
+
+
+def _may_go(path: Path) -> bool:
+    """Whether what a killed save or removal has left is ours, by its name or its sign."""
+    is_put_aside = path.name.startswith(_REPLACED) and is_ours(path)
+    return bool(_LEFTOVER.fullmatch(path.name)) or is_put_aside
+
+
+def _drop(folder: Path) -> None:
+    """Remove a folder, and last the sign that it is ours: what a kill leaves has it still."""
+    for path in list(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in (MANIFEST, EXPORT_MARK):
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def _sync(path: Path) -> None:

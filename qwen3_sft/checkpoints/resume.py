@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3_sft.checkpoints.folders import newest_verified
+from qwen3_sft.checkpoints.folders import newest_verified, put_back
 from qwen3_sft.checkpoints.manifest import read_manifest, verify
 from qwen3_sft.checkpoints.trust import check_best, refuse_foreign_code
 from qwen3_sft.distributed.engine import Engine
@@ -175,6 +175,7 @@ def choose_checkpoint(run: RunFolder, resume: str) -> Path | None:
     if resume != "auto":
         verify(Path(resume))
         return Path(resume)
+    put_back(run.path)
     checkpoint, passed_over = newest_verified(run.path)
     for reason in passed_over:
         logger.warning("passed over a checkpoint: %s", reason)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from qwen3_sft.checkpoints.folders import checkpoints, remove, step_of
+from transformers import TrainerState
+
+from qwen3_sft.checkpoints.folders import checkpoints, is_sealed, remove, step_of
 from qwen3_sft.checkpoints.manifest import check_sizes
 from qwen3_sft.errors import CheckpointError
 
@@ -15,9 +20,10 @@ logger = logging.getLogger(__name__)
 def rotate(output_dir: Path, limit: int | None, written: Path, best: str | None = None) -> None:
     """Remove the oldest whole checkpoints beyond `limit`, and damaged ones that are superseded.
 
-    As upstream's, but by step instead of by time, and a damaged folder (no manifest, or files of
-    another size) never takes a whole one's place. The one just written, the newest and the best
-    stay, even if these are more than `limit`; they count towards it.
+    As upstream's, but by step instead of by time, and a damaged folder (files of another size)
+    never takes a whole one's place. The one just written, the newest and the best stay, even if
+    these are more than `limit`; they count towards it. A folder without a manifest of ours is the
+    user's: it neither goes nor counts.
 
     Args:
         output_dir: holds the checkpoints.
@@ -28,7 +34,7 @@ def rotate(output_dir: Path, limit: int | None, written: Path, best: str | None 
     if not limit or limit < 0:
         return
     whole, damaged = [], []
-    for folder in checkpoints(output_dir):
+    for folder in filter(is_sealed, checkpoints(output_dir)):
         (whole if _is_whole(folder) else damaged).append(folder)
     if not whole:
         return
@@ -40,6 +46,22 @@ def rotate(output_dir: Path, limit: int | None, written: Path, best: str | None 
     old = [folder for folder in whole if folder.name not in stays]
     for folder in old[: max(0, len(whole) - kept)]:
         _remove(folder, f"--save_total_limit {limit}")
+
+
+@contextmanager
+def only_ours_removed(args: Any, state: TrainerState, output_dir: Path) -> Iterator[None]:
+    """End training inside: upstream's end keeps the best checkpoint alone if the limit is 1.
+
+    It would remove every other folder named checkpoint-N, also the user's (transformers 5.23).
+    """
+    limit, args.save_total_limit = args.save_total_limit, None
+    yield
+    args.save_total_limit = limit
+    if limit != 1 or not args.should_save or state.best_model_checkpoint is None:
+        return
+    for folder in filter(is_sealed, checkpoints(output_dir)):
+        if folder.name != Path(state.best_model_checkpoint).name:
+            _remove(folder, "--save_total_limit 1, it is not the best")
 
 
 def _is_whole(folder: Path) -> bool:

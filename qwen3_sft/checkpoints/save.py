@@ -21,7 +21,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qwen3_sft.checkpoints.finite import refuse_non_finite
-from qwen3_sft.checkpoints.folders import STAGING, clear_leftovers, publish
+from qwen3_sft.checkpoints.folders import STAGING, clear_leftovers, publish, refuse_foreign
 from qwen3_sft.checkpoints.free_space import bytes_to_save, refuse_full_disk
 from qwen3_sft.checkpoints.ledger import Entry, Ledger
 from qwen3_sft.checkpoints.manifest import Totals, seal
@@ -121,6 +121,7 @@ class CheckpointSaver:
         def make_room() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
             clear_leftovers(self.folder)
+            refuse_foreign(self.folder / f"checkpoint-{step}")
             refuse_full_disk(self.folder, needed)
             self._staging.mkdir()
 

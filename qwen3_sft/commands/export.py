@@ -10,13 +10,17 @@ from qwen3_sft.checkpoints.manifest import MANIFEST
 from qwen3_sft.errors import DONE, UsageError
 from qwen3_sft.logs import set_up_logging
 from qwen3_sft.options.paths import expanded
+from qwen3_sft.records.folder_lock import held, lock_beside
+from qwen3_sft.records.overlap import refuse_export_over_source
+from qwen3_sft.records.ownership import refuse_foreign_export
 
 
 def export_command(argv: list[str]) -> int:
     """Run `CHECKPOINT FOLDER [--dtype DTYPE] [--trust_checkpoint true]`; return the exit code.
 
     Raises:
-        UsageError: a path names a variable that is not set.
+        UsageError: a path names a variable that is not set, no checkpoint is named, or the folder
+            is not ours to replace, overlaps the checkpoint, or is in use.
         ModelError: the checkpoint's model is not one that this project trains.
         CheckpointError: it is damaged, or loading it might run code.
         ExportError: what was written does not reproduce it.
@@ -24,7 +28,13 @@ def export_command(argv: list[str]) -> int:
     set_up_logging()
     own = parse(argv)
     _require_checkpoint(own.checkpoint)
+    refuse_export_over_source(own.checkpoint, own.folder)
+    refuse_foreign_export(own.folder)
+    with held(lock_beside(own.folder), own.folder):
+        return _export(own)
 
+
+def _export(own: argparse.Namespace) -> int:
     import torch
 
     from qwen3_sft.checkpoints.whole import load_checkpoint

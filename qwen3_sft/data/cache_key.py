@@ -75,8 +75,11 @@ class FileHashes:
         if not self._new:
             return
         self.memo.parent.mkdir(parents=True, exist_ok=True)
+        known = _read(self.memo)
+        if self.memo.exists() and not known:
+            return  # damaged, or not written by us
         partial = self.memo.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps({**_read(self.memo), **self._new}), encoding="utf-8")
+        partial.write_text(json.dumps({**known, **self._new}), encoding="utf-8")
         partial.replace(self.memo)
 
 
@@ -91,7 +94,7 @@ def _read(memo: Path) -> dict[str, str]:
     try:
         return json.loads(memo.read_text(encoding="utf-8"))
     except ValueError:
-        logger.warning("%s is damaged; files are hashed again", memo)
+        logger.warning("%s is damaged or not ours: files are hashed at each start, remove it", memo)
         return {}
 
 

@@ -12,10 +12,12 @@ from filelock import FileLock
 
 from qwen3_sft.demo import conversations
 from qwen3_sft.demo.model import train_tokenizer, write_checkpoint
+from qwen3_sft.errors import UsageError
 from qwen3_sft.options.data_args import DataArguments
 
 NAME = "demo"
 VOCAB_SIZE = 4096
+_LOCK = ".lock"  # the first file in a folder, so its presence means that it is ours
 
 
 def build_demo(folder: Path) -> tuple[Path, Path]:
@@ -23,10 +25,18 @@ def build_demo(folder: Path) -> tuple[Path, Path]:
 
     Returns:
         The model folder (hub layout, random weights) and the JSON lines file.
+
+    Raises:
+        UsageError: what lies in the folder is not a demo.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()) and not (folder / _LOCK).exists():
+        raise UsageError(
+            f"{folder} holds something else than a demo, which is built there: choose another "
+            "--output_dir, or move that away"
+        )
     model, data = folder / "model", folder / "conversations.jsonl"
-    with FileLock(folder / ".lock"):
+    with FileLock(folder / _LOCK):
         if not data.exists():  # written last, so its presence means that both are whole
             partial = data.with_suffix(".partial")
             # In a process of its own: what is imported here changes the standard library (torch

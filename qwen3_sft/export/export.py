@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from qwen3_sft.distributed.rank_zero import RankZero
 from qwen3_sft.errors import ExportError
 from qwen3_sft.export.check import Expected, check_export, digest, probe
 from qwen3_sft.model.loading import TOKENIZER_FILES
+from qwen3_sft.records.folder_lock import held, lock_beside
+from qwen3_sft.records.ownership import mark_export, refuse_foreign_export
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,8 @@ def export_model(
     folder: Path,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    source: Path | None = None,
 ) -> None:
     """Export `model` to `folder` in hub layout, verified.
 
@@ -60,25 +65,30 @@ def export_model(
     Args:
         model: the trained model, unwrapped; its parameters stay as they are.
         base: the checkpoint it started from; its tokenizer and generation files are copied.
-        folder: replaced if it exists, and only after the new one is verified.
+        folder: replaced if it is empty or an earlier export, and only after the new one is
+            verified; a link is followed.
         dtype: of the written weights; None takes the base model's.
         max_shard_bytes: of the tensors in one file.
+        source: what the mark of the export names; `base` by default.
 
     Raises:
-        ExportError: on every rank. A key, shape, dtype, value or the probe's logits differ after
-            reloading, or rank 0 could not read, convert or write something.
+        ExportError: on every rank. The folder is in use or not ours to replace; a key, shape,
+            dtype, value or the probe's logits differ after reloading; or rank 0 could not read,
+            convert or write something.
     """
     rank0 = RankZero(folder, raises=ExportError)
-    export = rank0.do(_Export, model, base, folder, dtype, max_shard_bytes)
-    dtype = rank0.agree(export.dtype if export else None)
-    for name, tensor in full_tensors(model, dtype):
-        if tensor is not None:
-            # After a failure the loop goes on, without writing: the others are in it as well.
-            rank0.do(export.add, name, tensor)
-    rank0.agree()
-    logits = probe(model)
-    rank0.do(lambda: export.finish(logits, rank0.sign_of_life))
-    rank0.agree()
+    with ExitStack() as locks:
+        rank0.do(locks.enter_context, held(lock_beside(folder), folder))
+        export = rank0.do(_Export, model, base, folder, dtype, max_shard_bytes)
+        dtype = rank0.agree(export.dtype if export else None)
+        for name, tensor in full_tensors(model, dtype):
+            if tensor is not None:
+                # After a failure the loop goes on, without writing: the others are in it as well.
+                rank0.do(export.add, name, tensor)
+        rank0.agree()
+        logits = probe(model)
+        rank0.do(lambda: export.finish(logits, source or base, rank0.sign_of_life))
+        rank0.agree()
 
 
 class _Export:
@@ -87,11 +97,10 @@ class _Export:
     def __init__(
         self, model: Any, base: Path, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int
     ) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise ExportError(f"{folder}: a file stands in the export's place; remove it")
+        refuse_foreign_export(folder)
         self.dtype = base_dtype(base) if dtype is None else dtype
-        self._folder = folder
-        self._staging = folder.with_name(f".{folder.name}.partial")
+        self._folder = folder.resolve()
+        self._staging = self._folder.with_name(f".{self._folder.name}.qwen3_sft-partial")
         shutil.rmtree(self._staging, ignore_errors=True)
         self._staging.mkdir(parents=True)
         logger.info("exporting to %s: writing, reloading, comparing", folder)
@@ -108,11 +117,18 @@ class _Export:
         """Write one entry of the state dict."""
         self._digests[name] = digest(self._writer.add(name, tensor))
 
-    def finish(self, logits: torch.Tensor, on_wait: Callable[[], None]) -> None:
-        """Check and publish."""
+    def finish(self, logits: torch.Tensor, source: Path, on_wait: Callable[[], None]) -> None:
+        """Check, mark and publish.
+
+        Raises:
+            ExportError: the model differs.
+            UsageError: somebody has put something into the folder meanwhile.
+        """
         self._writer.close()
         expected = Expected(self._digests, logits)
         verify(self._staging, expected, is_isolated=self._is_isolated, on_wait=on_wait)
+        mark_export(self._staging, source, str(self.dtype).removeprefix("torch."))
+        refuse_foreign_export(self._folder)
         publish(self._staging, self._folder)
         logger.info(
             "exported %s (%s, %d tensors, %.1f GB, reloaded and compared)", self._folder,

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from qwen3_sft.checkpoints import restore, write
+from qwen3_sft.checkpoints.rotation import only_ours_removed
 from qwen3_sft.checkpoints.save import CheckpointSaver, let_sharded_models_save
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.distributed.process_group import sum_over_ranks
@@ -113,7 +114,8 @@ class SftTrainer(Trainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         interruption.leave_if_agreed(step, self.saver.folder)
         interruption.stop_listening()
-        return super()._finalize_training(trial, *args, **kwargs)
+        with only_ours_removed(self.args, self.state, self.saver.folder):
+            return super()._finalize_training(trial, *args, **kwargs)
 
     # ---- optimizer ----
 

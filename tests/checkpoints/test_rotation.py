@@ -5,7 +5,13 @@ import os
 
 import pytest
 
-from qwen3_sft.checkpoints.folders import clear_leftovers, newest_verified, publish, remove
+from qwen3_sft.checkpoints.folders import (
+    clear_leftovers,
+    newest_verified,
+    publish,
+    put_back,
+    remove,
+)
 from qwen3_sft.checkpoints.manifest import MANIFEST, seal
 from qwen3_sft.checkpoints.rotation import rotate
 
@@ -58,7 +64,7 @@ def is_killed(monkeypatch, last, work, *arguments):
 @pytest.mark.parametrize(
     ("namesake", "next_step"),
     [
-        ("whole", newest_verified), ("whole", clear_leftovers), ("damaged", newest_verified),
+        ("whole", put_back), ("whole", clear_leftovers), ("damaged", put_back),
         ("none", clear_leftovers),
     ],
 )  # fmt: skip

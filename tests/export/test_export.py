@@ -13,6 +13,7 @@ from qwen3_sft.demo.model import write_checkpoint
 from qwen3_sft.errors import ExportError
 from qwen3_sft.export.check import Expected, digest, probe
 from qwen3_sft.export.export import base_dtype, export_model, verify
+from qwen3_sft.records.ownership import EXPORT_MARK, mark_export
 from tests.support.oracle import assert_close
 from tests.support.training import PATCHES
 
@@ -101,11 +102,12 @@ def test_a_model_that_says_nothing_finite_is_not_published(base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").touch()
+    mark_export(tmp_path / "model", base, "float32")
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(ExportError, match="nan"):
         export_model(model, base, tmp_path / "model")
-    assert [p.name for p in (tmp_path / "model").iterdir()] == ["old"]
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"old", EXPORT_MARK}
 
 
 def tensors_of(folder):
