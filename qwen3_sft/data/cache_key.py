@@ -55,7 +55,7 @@ class FileHashes:
 
     def __init__(self, memo: Path) -> None:
         self.memo = memo
-        self._known = _read(memo)
+        self._known = _read(memo) or {}
         self._new: dict[str, str] = {}
 
     def __call__(self, path: Path) -> str:
@@ -76,8 +76,8 @@ class FileHashes:
             return
         self.memo.parent.mkdir(parents=True, exist_ok=True)
         known = _read(self.memo)
-        if self.memo.exists() and not known:
-            return  # damaged, or not written by us
+        if known is None:
+            return
         partial = self.memo.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps({**known, **self._new}), encoding="utf-8")
         partial.replace(self.memo)
@@ -87,15 +87,18 @@ def _blake2() -> Any:
     return hashlib.blake2b(digest_size=16)
 
 
-def _read(memo: Path) -> dict[str, str]:
-    """Return the remembered hashes; a damaged memo is as good as none."""
+def _read(memo: Path) -> dict[str, str] | None:
+    """Return the remembered hashes; None if the memo is damaged or not ours."""
     if not memo.exists():
         return {}
     try:
-        return json.loads(memo.read_text(encoding="utf-8"))
+        known = json.loads(memo.read_text(encoding="utf-8"))
     except ValueError:
-        logger.warning("%s is damaged or not ours: files are hashed at each start, remove it", memo)
-        return {}
+        known = None
+    if isinstance(known, dict) and all(name.count("|") >= 3 for name in known):
+        return known
+    logger.warning("%s is damaged or not ours: files are hashed at each start, remove it", memo)
+    return None
 
 
 def describe_all(sources: Iterable[Any], hashes: FileHashes) -> list[tuple[str, str]]:

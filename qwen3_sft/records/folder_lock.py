@@ -110,7 +110,7 @@ def held(lock: Path, folder: Path) -> Iterator[None]:
         yield
     finally:
         if is_taken:
-            _release(lock)
+            _release(lock, me)
 
 
 def _take(lock: Path, folder: Path, me: Holder) -> bool:
@@ -182,8 +182,9 @@ def _take_over(lock: Path, dead: Holder, me: Holder) -> bool:
     return True
 
 
-def _release(lock: Path) -> None:
+def _release(lock: Path, me: Holder) -> None:
     try:
-        lock.unlink(missing_ok=True)
+        if _read(lock) == me:
+            lock.unlink()
     except OSError as error:  # read-only by now; this process will have ended when it is read
         logger.warning("%s could not be removed: %s", lock, error)

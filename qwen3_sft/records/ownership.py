@@ -18,21 +18,14 @@ from qwen3_sft.records.run_folder import versions
 EXPORT_MARK = "qwen3_sft_export.json"
 RUN_MARK = "qwen3_sft_run.json"
 
-_RECORDS = (
-    "config.yaml", "environment.json", "data_report.json", "eval_data_report.json",
-    "metrics.jsonl", "samples.jsonl", "plan_check.json", "summary.json", "INTERRUPTED",
-)  # fmt: skip
-_LEFTOVERS = (r"\.saving", r"\.(removed|replaced)-checkpoint-\d+")
-
-
-def _one_of(*patterns: str) -> re.Pattern[str]:
-    return re.compile("|".join(patterns))
-
-
 # What a run overwrites or removes in its folder without a look at who wrote it.
-OVERWRITTEN = _one_of(*_LEFTOVERS, rf"\.?({'|'.join(map(re.escape, _RECORDS))})(\.partial)?")
+OVERWRITTEN = re.compile(
+    r"\.saving|\.(removed|replaced)-checkpoint-\d+|"
+    r"config\.yaml|metrics\.jsonl|samples\.jsonl|INTERRUPTED|\.INTERRUPTED\.partial|"
+    r"\.?(environment|data_report|eval_data_report|plan_check|summary)\.json(\.partial)?"
+)
 # What it replaces or removes if it carries a sign of ours.
-REPLACED = _one_of(r"checkpoint-\d+", "model")
+REPLACED = re.compile(r"checkpoint-\d+|model")
 
 
 def is_run(folder: Path) -> bool:

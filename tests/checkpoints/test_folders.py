@@ -49,12 +49,16 @@ def test_best_checkpoint_is_restored_with_its_experts(tiny_moe, tokenizer, tmp_p
         load_best_model_at_end=True, metric_for_best_model="loss", save_total_limit=1,
         callbacks=(_Spoil(),),
     )  # fmt: skip
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "model.safetensors").write_text("the user's own")
     trainer.train()
     evaluations = {h["step"]: h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h}
     best = min(evaluations, key=evaluations.__getitem__)
     assert best == 4
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     assert trainer.evaluate()["eval_loss"] == evaluations[best]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-4"}
+    assert trainer.args.save_total_limit == 1
     state = json.loads((tmp_path / f"checkpoint-{best}" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
 

@@ -14,6 +14,7 @@ from qwen3_sft.checkpoints.folders import (
 )
 from qwen3_sft.checkpoints.manifest import MANIFEST, seal
 from qwen3_sft.checkpoints.rotation import rotate
+from qwen3_sft.errors import CheckpointError
 
 CALLS = ("rename", "unlink", "rmdir", "fsync")
 
@@ -160,3 +161,44 @@ def test_rotation(tmp_path, caplog, whole, damaged, limit, best, written, stays)
     assert there == sorted(stays)
     for step in {*whole, *damaged} - {*stays}:
         assert f"removed {tmp_path}/checkpoint-{step}: " in caplog.text
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_what_we_have_not_sealed_stays(tmp_path, limit):
+    """A user's own folders, also such as other trainers write: neither removed nor counted."""
+    for step, text in ((1, "{}"), (2, '{"files": []}'), (4, "no json"), (8, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("mine")
+        if text is not None:
+            (folder / MANIFEST).write_text(text)
+    for step in (3, 6, 9):
+        make(tmp_path / f"checkpoint-{step}")
+    rotate(tmp_path, limit, tmp_path / "checkpoint-9")
+    foreign = {f"checkpoint-{step}" for step in (1, 2, 4, 8)}
+    assert {*names(tmp_path)} == foreign | {f"checkpoint-{step}" for step in (6, 9)[-limit:]}
+
+
+def test_a_namesake_that_is_not_ours_is_not_replaced(tmp_path):
+    staged = make(tmp_path / ".saving" / "checkpoint-6", "new")
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-6" / "weights").write_text("mine")
+    with pytest.raises(CheckpointError, match="checkpoint-6 was not written by us"):
+        publish(staged, tmp_path / "checkpoint-6")
+    assert (tmp_path / "checkpoint-6" / "weights").read_text() == "mine"
+    assert staged.is_dir()
+
+
+def test_names_like_those_of_leftovers_are_not_enough(tmp_path):
+    """In the folder of a run there are some by us alone; these have another meaning."""
+    kept = (".replaced-thesis", ".removed-old", ".replaced-model", ".savings")
+    for name in kept:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("mine")
+    make(tmp_path / ".replaced-checkpoint-3")
+    make(tmp_path / "checkpoint-3")
+    clear_leftovers(tmp_path)
+    assert {*names(tmp_path)} == {*kept, "checkpoint-3"}
+    model, staged = make(tmp_path / "model"), make(tmp_path / "staged")
+    with pytest.raises(CheckpointError, match="replaced-model was not written by us"):
+        publish(staged, model)

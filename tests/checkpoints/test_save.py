@@ -110,6 +110,18 @@ def test_a_save_finds_the_leftovers_of_killed_ones(tiny_moe, tokenizer, tmp_path
     verify(tmp_path / "checkpoint-2")
 
 
+def test_a_foreign_checkpoint_of_this_step_is_refused_before_anything_is_written(
+    tiny_moe, tokenizer, tmp_path
+):
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "model.safetensors").write_text("mine")
+    trainer = make_trainer(tiny_moe, tokenizer, tmp_path, **RUN | {"max_steps": 2})
+    with pytest.raises(CheckpointError, match="checkpoint-2 was not written by us"):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-2"]
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").read_text() == "mine"
+
+
 def test_a_disk_without_room_is_refused_before_a_byte_is_written(tiny_moe, tokenizer, disk):
     trainer = make_trainer(tiny_moe, tokenizer, disk, **RUN)
     trainer.train(resume_from_checkpoint=None)

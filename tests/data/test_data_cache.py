@@ -106,6 +106,19 @@ def test_damaged_cache_is_made_anew(args, tokenizer, damage, caplog):
     assert "is damaged" in caplog.text
 
 
+def test_a_foreign_file_of_hashes_is_not_overwritten(args, tokenizer):
+    memo = Path(args.data_cache_dir) / "file_hashes.json"
+    memo.parent.mkdir(exist_ok=True)
+    os.utime("data.jsonl", (1, 1))
+    for text in ("mine", "[1]", '{"mine": 1}'):
+        memo.write_text(text)
+        prepare(args, tokenizer)
+        assert memo.read_text() == text
+    memo.unlink()
+    prepare(args, tokenizer)
+    assert str(Path("data.jsonl").resolve()) in memo.read_text()
+
+
 def test_dropped_share_is_checked_for_a_cached_set_too(args, rows, tokenizer):
     args.max_length = 100
     for _ in range(2):

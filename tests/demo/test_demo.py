@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qwen3_sft.demo.build import VOCAB_SIZE, build_demo, resolve_demo
 from qwen3_sft.demo.conversations import conversations, write_conversations
 from qwen3_sft.demo.model import CONTROL_TOKENS, tiny_config, tiny_model, write_checkpoint
+from qwen3_sft.errors import UsageError
 from qwen3_sft.model.loading import load_tokenizer
 from qwen3_sft.options.data_args import DataArguments
 from tests.support.oracle import assert_close
@@ -204,6 +205,7 @@ class TestBuild:
         """Only the data, which is written last, says that the model is whole too."""
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "config.json").write_text("{", encoding="utf-8")
+        (tmp_path / ".lock").touch()
         model, data = build_demo(tmp_path)
         whole, _ = demo
         for name in ("config.json", "model.safetensors", "tokenizer_config.json"):
@@ -226,3 +228,10 @@ class TestBuild:
         data = DataArguments(dataset=["a.jsonl"])
         assert resolve_demo("/some/model", data, tmp_path / "unused") == ("/some/model", data)
         assert not (tmp_path / "unused").exists()
+
+
+def test_a_demo_is_not_built_among_other_files(tmp_path):
+    (tmp_path / "conversations.jsonl").write_text("mine")
+    with pytest.raises(UsageError, match="holds something else than a demo"):
+        build_demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["conversations.jsonl"]

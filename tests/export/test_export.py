@@ -235,3 +235,29 @@ def test_digest_sees_dtype_shape_and_bits():
     assert len({digest(t) for t in (tensor, *others)}) == 6
     assert digest(tensor) == digest(tensor.clone())
     assert digest(torch.eye(3).T) == digest(torch.eye(3))
+
+
+def test_an_export_is_marked_and_may_replace_itself(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    (tmp_path / "link").symlink_to(tmp_path / "model")  # a model folder on another disk
+    for dtype, name in ((torch.float32, "model"), (torch.bfloat16, "link")):
+        export_model(model, base, tmp_path / name, dtype, source=tmp_path / "run")
+        mark = json.loads((tmp_path / "model" / EXPORT_MARK).read_text())
+        assert mark["dtype"] == str(dtype).removeprefix("torch.")
+        assert mark["source"] == f"{tmp_path.name}/run"
+        there = {path.name for path in (tmp_path / "model").iterdir()}
+        assert there == {EXPORT_MARK, *mark["files"]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "link", "model"]
+
+
+def test_what_came_into_the_folder_meanwhile_stays(base, tmp_path, monkeypatch):
+    def verify_slowly(*args, **kwargs):
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "mine").touch()
+
+    monkeypatch.setattr("qwen3_sft.export.export.verify", verify_slowly)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(ExportError, match="holds mine"):
+        export_model(model, base, tmp_path / "model")
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["mine"]
+    assert (tmp_path / ".model.qwen3_sft-partial" / "model.safetensors").is_file()
