@@ -47,6 +47,7 @@ def export_model(
     folder: Path,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    card: str | None = None,
 ) -> None:
     """Export `model` to `folder` in hub layout, verified.
 
@@ -63,13 +64,14 @@ def export_model(
         folder: replaced if it exists, and only after the new one is verified.
         dtype: of the written weights; None takes the base model's.
         max_shard_bytes: of the tensors in one file.
+        card: text of README.md, None for none.
 
     Raises:
         ExportError: on every rank. A key, shape, dtype, value or the probe's logits differ after
             reloading, or rank 0 could not read, convert or write something.
     """
     rank0 = RankZero(folder, raises=ExportError)
-    export = rank0.do(_Export, model, base, folder, dtype, max_shard_bytes)
+    export = rank0.do(_Export, model, base, folder, dtype, max_shard_bytes, card)
     dtype = rank0.agree(export.dtype if export else None)
     for name, tensor in full_tensors(model, dtype):
         if tensor is not None:
@@ -85,8 +87,9 @@ class _Export:
     """Rank 0's part: a folder that is written aside, checked and published."""
 
     def __init__(
-        self, model: Any, base: Path, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int
-    ) -> None:
+        self, model: Any, base: Path, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int,
+        card: str | None,
+    ) -> None:  # fmt: skip
         if folder.exists() and not folder.is_dir():
             raise ExportError(f"{folder}: a file stands in the export's place; remove it")
         self.dtype = base_dtype(base) if dtype is None else dtype
@@ -99,6 +102,8 @@ class _Export:
         for name in (*TOKENIZER_FILES, "generation_config.json"):
             if (base / name).is_file():
                 shutil.copyfile(base / name, self._staging / name)
+        if card is not None:
+            (self._staging / "README.md").write_text(card, encoding="utf-8")
         self._writer = HubWriter(model, self._staging, self.dtype, max_shard_bytes)
         self._digests: dict[str, str] = {}
         # Here a GPU has no room, Liger has replaced classes, or ZeRO-3 would shard what is loaded.
