@@ -78,6 +78,10 @@ class ExportError(SftError, RuntimeError):
     """The exported folder does not reproduce the trained model; it was not published."""
 
 
+class UploadError(SftError, RuntimeError):
+    """The verified export did not reach the hub; the message says how to send it."""
+
+
 class GpuMemoryError(SftError, RuntimeError):
     """Memory ran out; the message names what was being done, who holds it and what to set."""
 

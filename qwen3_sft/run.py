@@ -27,7 +27,9 @@ from qwen3_sft.distributed.process_group import join_process_group, leave_proces
 from qwen3_sft.distributed.rank_zero import on_first_rank
 from qwen3_sft.dry_run import dry_run
 from qwen3_sft.errors import DONE, INTERRUPTED, Interrupted, exit_code_of
+from qwen3_sft.export.card import model_card
 from qwen3_sft.export.export import export_model
+from qwen3_sft.export.upload import check_token, upload_model
 from qwen3_sft.hardware import device_info
 from qwen3_sft.model.loading import load_model, load_tokenizer, resolve_model
 from qwen3_sft.model.meta_model import meta_model
@@ -42,7 +44,7 @@ from qwen3_sft.records.folder_lock import claimed
 from qwen3_sft.records.overlap import refuse_run_over_source
 from qwen3_sft.records.ownership import refuse_foreign_run
 from qwen3_sft.records.run_folder import RunFolder, versions
-from qwen3_sft.training.arguments import final_arguments
+from qwen3_sft.training.arguments import check_machine, final_arguments
 from qwen3_sft.training.callbacks import TellStep
 from qwen3_sft.training.out_of_memory import naming
 from qwen3_sft.training.summary import describe_summary, write_summary
@@ -83,6 +85,8 @@ def run(options: Options, peers: PeerWatch) -> int:
         return DONE
     check_resume(folder, options.train.resume)
     check_allowed(options.train.allow_change)
+    check_machine(options.train)
+    check_token(options.train)
     with claimed(folder):
         return _run_in(folder, options, peers)
 
@@ -111,8 +115,11 @@ def _run_in(folder: RunFolder, options: Options, peers: PeerWatch) -> int:
     if is_whole and args.stop_after_steps is None:
         with patches.paused(*FP8_PATCHES):  # whoever loads the model will compute without
             _finish(trainer, decisions.options, base, folder)
+    is_first = trainer.is_world_process_zero()
     peers.leave()
     leave_process_group()
+    if is_whole and is_first and options.train.push_to_hub and args.stop_after_steps is None:
+        upload_model(options.train, folder.model)
     return DONE if is_whole else INTERRUPTED
 
 
@@ -209,6 +216,7 @@ def _finish(trainer: SftTrainer, options: Options, base: Path, folder: RunFolder
     export_model(
         trainer.accelerator.unwrap_model(trainer.model), base, folder.model,
         None if dtype == "auto" else getattr(torch, dtype), source=folder.path,
+        card=model_card(options, versions()),
     )  # fmt: skip
     if trainer.is_world_process_zero():
         logger.info("%s", write_summary(trainer, folder))

@@ -27,9 +27,9 @@ def export_command(argv: list[str]) -> int:
     """
     set_up_logging()
     own = parse(argv)
-    _require_checkpoint(own.checkpoint)
     refuse_export_over_source(own.checkpoint, own.folder)
     refuse_foreign_export(own.folder)
+    _require_checkpoint(own.checkpoint)
     with held(lock_beside(own.folder), own.folder):
         return _export(own)
 

@@ -52,6 +52,7 @@ def export_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     *,
     source: Path | None = None,
+    card: str | None = None,
 ) -> None:
     """Export `model` to `folder` in hub layout, verified.
 
@@ -70,6 +71,7 @@ def export_model(
         dtype: of the written weights; None takes the base model's.
         max_shard_bytes: of the tensors in one file.
         source: what the mark of the export names; `base` by default.
+        card: text of README.md, None for none.
 
     Raises:
         ExportError: on every rank. The folder is in use or not ours to replace; a key, shape,
@@ -79,7 +81,7 @@ def export_model(
     rank0 = RankZero(folder, raises=ExportError)
     with ExitStack() as locks:
         rank0.do(locks.enter_context, held(lock_beside(folder), folder))
-        export = rank0.do(_Export, model, base, folder, dtype, max_shard_bytes)
+        export = rank0.do(_Export, model, base, folder, dtype, max_shard_bytes, card)
         dtype = rank0.agree(export.dtype if export else None)
         for name, tensor in full_tensors(model, dtype):
             if tensor is not None:
@@ -95,8 +97,9 @@ class _Export:
     """Rank 0's part: a folder that is written aside, checked and published."""
 
     def __init__(
-        self, model: Any, base: Path, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int
-    ) -> None:
+        self, model: Any, base: Path, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int,
+        card: str | None,
+    ) -> None:  # fmt: skip
         refuse_foreign_export(folder)
         self.dtype = base_dtype(base) if dtype is None else dtype
         self._folder = folder.resolve()
@@ -108,6 +111,8 @@ class _Export:
         for name in (*TOKENIZER_FILES, "generation_config.json"):
             if (base / name).is_file():
                 shutil.copyfile(base / name, self._staging / name)
+        if card is not None:
+            (self._staging / "README.md").write_text(card, encoding="utf-8")
         self._writer = HubWriter(model, self._staging, self.dtype, max_shard_bytes)
         self._digests: dict[str, str] = {}
         # Here a GPU has no room, Liger has replaced classes, or ZeRO-3 would shard what is loaded.

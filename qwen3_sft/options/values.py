@@ -55,6 +55,10 @@ def _is_steps(value: float) -> bool:
     return 0 < value < 1 or (1 <= value < math.inf and value == int(value))
 
 
+def _is_warm_up(value: float) -> bool:
+    return value == 0 or _is_steps(value)
+
+
 def _is_object(text: str) -> bool:
     try:
         return isinstance(json.loads(text), dict)
@@ -87,7 +91,7 @@ RULES: dict[str, Rule] = {
     "stop_after_steps": _COUNT, "max_bad_steps": _COUNT, "early_stopping_patience": _COUNT,
     "logging_steps": _STEPS, "eval_steps": _STEPS, "save_steps": _STEPS, "eval_delay": _RATE,
     "warmup_steps": Rule("0, whole steps, or a share of all below 1",
-                         lambda value: value == 0 or _is_steps(value), ("-1", "1.5", "nan")),
+                         _is_warm_up, ("-1", "1.5", "nan")),
     "save_total_limit": _at_least(0), "torch_empty_cache_steps": _COUNT,
     # ---- rates ----
     "learning_rate": _RATE, "weight_decay": _RATE, "adam_beta1": _BETA, "adam_beta2": _BETA,
@@ -105,6 +109,19 @@ RULES: dict[str, Rule] = {
     "ddp_bucket_cap_mb": _COUNT,
 }  # fmt: skip
 # Reporters name files after them.
+# --optim -> the package that has it; what is not listed comes with torch or transformers.
+_BNB = (
+    "adamw_bnb_8bit", "adamw_8bit", "ademamix", "ademamix_8bit", "lion_8bit", "lion_32bit",
+    "paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
+    "paged_lion_32bit", "paged_lion_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+)  # fmt: skip
+_BY_PREFIX = {
+    "galore_": "galore_torch", "apollo_": "apollo_torch", "schedule_free_": "schedulefree",
+    "lomo": "lomo_optim", "adalomo": "lomo_optim", "grokadamw": "grokadamw",
+    "stable_adamw": "optimi", "adamw_anyprecision": "torchdistx", "adamw_torch_xla": "torch_xla",
+    "adamw_torch_npu_fused": "torch_npu", "adamw_torch_4bit": "torchao",
+    "adamw_torch_8bit": "torchao",
+}  # fmt: skip
 _NAMES = ("run_name", "project")
 # Whose default is empty; without a model a run is refused with a sentence of its own.
 _EMPTY = ("model_name_or_path", "debug")
@@ -132,6 +149,13 @@ def check_value(name: str, value: Any) -> None:
             raise UsageError(f"--{name} {word}: must be {rule.words}")
     if name in _NAMES:
         _check_name(name, str(value))
+
+
+def package_of_optimizer(name: str) -> str | None:
+    """Return the module that has to be installed for a value of --optim, if there is one."""
+    if name in _BNB:
+        return "bitsandbytes"
+    return next((module for start, module in _BY_PREFIX.items() if name.startswith(start)), None)
 
 
 def _check_name(name: str, value: str) -> None:

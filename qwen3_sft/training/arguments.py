@@ -15,11 +15,12 @@ from transformers import set_seed
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import UsageError
 from qwen3_sft.model.layer_compile import check_compile
-from qwen3_sft.optimizers.choice import check_optimizer_choice, choose_optimizer
+from qwen3_sft.optimizers.choice import check_optimizer_choice, choose_optimizer, optimizer_name
 from qwen3_sft.options.batch import accumulation_steps
 from qwen3_sft.options.draft import TrainDraft
 from qwen3_sft.options.recipe import Options
 from qwen3_sft.options.train_args import TrainArguments
+from qwen3_sft.options.values import package_of_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +74,31 @@ def check_packages(train: TrainDraft, engine: Engine) -> None:
     """
     if engine.layout == "zero" and importlib.util.find_spec("deepspeed") is None:
         raise UsageError("the launch file needs DeepSpeed: pip install deepspeed")
+    optim = optimizer_name(train)
+    module = package_of_optimizer(optim)
+    if module is not None and importlib.util.find_spec(module) is None:
+        raise UsageError(f"--optim {optim}: {module} is not installed; pip install it")
     for reporter in train.report_to:
         modules = _REPORTERS.get(reporter, ())
         if modules and not any(importlib.util.find_spec(name) for name in modules):
             raise UsageError(f"--report_to {reporter}: not installed; pip install {reporter}")
+
+
+def check_machine(train: TrainDraft) -> None:
+    """Refuse what this machine cannot compute; a plan is for another one, and does not ask.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    has_gpu = torch.cuda.is_available() and not train.use_cpu
+    for name in ("fp16", "tf32"):
+        if getattr(train, name) and not has_gpu:
+            raise UsageError(f"--{name} true: needs a GPU, and none is used here; leave it out")
+    if train.bf16 and not train.use_cpu and not (has_gpu and torch.cuda.is_bf16_supported()):
+        raise UsageError(
+            "--bf16 true: there is no GPU here that computes in bfloat16; leave it out, or set "
+            "--use_cpu true"
+        )
 
 
 def final_arguments(options: Options, engine: Engine) -> TrainArguments:

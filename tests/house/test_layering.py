@@ -41,7 +41,7 @@ PURE_CALLS = {
     "functools.partial", "partial", "replace", "field", "TypeVar", "Path(__file__).with_name",
     "dataclasses.fields", "dict.fromkeys",
     "_at_least", "_one_of",  # options/values.py: rules
-    "_no", "_ours", "_works",  # options/judged_options.py: rows of the table
+    "_no", "_ours", "_works", "JUDGED.items",  # options/judged_options.py: rows of the table
 }  # fmt: skip
 
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}

@@ -54,7 +54,7 @@ def test_the_rows_of_a_step_are_counted_over_the_processes_of_the_launcher(tmp_p
             r"--global_batch_size 7 is not a multiple of 3 rows \(1 processes x .* 3\); "
             "the nearest are 6 and 9",
         ),
-        (("--global_batch_size", "0"), "--global_batch_size 0 is not a multiple"),
+        (("--global_batch_size", "0"), "--global_batch_size 0: must be at least 1"),
         (("--global_batch_size", "4", "--gradient_accumulation_steps", "2"), "both set"),
         (("--eval_strategy", "steps"), "without evaluation data"),
         (("--early_stopping_patience", "2"), "needs --load_best_model_at_end"),
