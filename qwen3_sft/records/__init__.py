@@ -1,4 +1,5 @@
 """The run folder and what is written into it: options, environment, one line per step.
 
-What the lines hold is computed in `training/`.
+Whose a folder is, who works in it and what is refused therefore is decided here too. What the lines
+hold is computed in `training/`.
 """
