@@ -32,19 +32,18 @@ def command(argv: list[str], *, color: bool = False) -> tuple[Iterator[str], int
     Raises:
         UsageError: an option, the recipe or the GPUs are wrong.
     """
-    epilog = "and options of a run (train --help), which win over the recipe"
     parser = argparse.ArgumentParser(
-        "qwen3-sft plan", add_help=False, allow_abbrev=False, epilog=epilog
-    )
+        "qwen3-sft plan", "qwen3-sft plan [RECIPE] [options]", add_help=False, allow_abbrev=False,
+        epilog="and options of a run (train --help), which win over the recipe",
+    )  # fmt: skip
     parser.add_argument("-h", "--help", action="store_true", help="this text")
-    parser.add_argument("recipe", nargs="?", help="a YAML file, such as those in config/recipe")
     parser.add_argument("--gpus", help="such as 8xH200; by default those that are here, or 1xH200")
     parser.add_argument("--format", choices=("text", "json"), default="text")
     own, rest = parser.parse_known_args(argv)
     if own.help:
         return iter([parser.format_help()]), DONE
-    if own.recipe is not None:
-        rest = ["--config", own.recipe, *rest]
+    if rest and not rest[0].startswith("-"):  # argparse would take any option's value for it
+        rest = ["--config", *rest]
     count, gpu = _gpus(own.gpus)
     nodes = -(-count // _PER_NODE)
     choice = choose(

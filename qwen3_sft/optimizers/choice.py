@@ -198,7 +198,7 @@ def with_states(choice: OptimizerChoice, chosen: tuple[Any, dict]) -> tuple[Any,
     """
     given = choice.given
     if choice.row.states == "adafactor" and given.get(_ROUNDS, "").lower() == "true":
-        from qwen3_sft.optimizers.sliced_adafactor import SlicedAdafactor
+        from qwen3_sft.optimizers.adafactor import SlicedAdafactor
 
         return SlicedAdafactor, chosen[1]
     states = given.get("states")

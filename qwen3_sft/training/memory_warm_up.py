@@ -41,7 +41,7 @@ _BEGIN_WITH_ZEROS = {
     ("torch.optim.adamw", "AdamW"),
     ("torch.optim._adafactor", "Adafactor"),
     ("transformers.optimization", "Adafactor"),
-    ("qwen3_sft.optimizers.sliced_adafactor", "SlicedAdafactor"),
+    ("qwen3_sft.optimizers.adafactor", "SlicedAdafactor"),
 }
 
 

@@ -29,6 +29,11 @@ def test_fewer_samples_than_one_are_refused(n, capsys):
     assert f"-n {n}: must be at least 1" in capsys.readouterr().err
 
 
+def test_a_plan_needs_no_recipe(capsys):
+    assert main(["plan", "--model_name_or_path", "demo", "--gpus", "1xH200"]) == 0
+    assert "fits" in capsys.readouterr().out
+
+
 def test_an_unknown_gpu_lists_the_known_ones(capsys):
     assert main(["plan", "--model_name_or_path", "demo", "--gpus", "H900"]) == 2
     printed = capsys.readouterr().err

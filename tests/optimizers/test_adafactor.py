@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.optimization import Adafactor
 
 from qwen3_sft.optimizers import adafactor as adafactor_step
-from qwen3_sft.optimizers.sliced_adafactor import SlicedAdafactor
+from qwen3_sft.optimizers.adafactor import SlicedAdafactor
 from tests.support.oracle import assert_close
 from tests.support.training import make_trainer, weights
 

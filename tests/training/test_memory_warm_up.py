@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 from transformers import Adafactor, TrainerCallback
 
+from qwen3_sft.optimizers.adafactor import SlicedAdafactor
 from qwen3_sft.optimizers.in_backward import BackwardOptimizer
 from qwen3_sft.optimizers.low_bit_step import LowBitStep
-from qwen3_sft.optimizers.sliced_adafactor import SlicedAdafactor
 from qwen3_sft.training.memory_warm_up import zero_states
 from tests.support.training import ROW, Documents, make_trainer, weights
 
