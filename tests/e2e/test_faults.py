@@ -77,8 +77,8 @@ def goes_on(site, whole, output, expected, *, says=()):
 @outcome("SIGKILL between two steps", "the same command goes on from the last checkpoint, exactly")
 def test_killed_between_steps(site, whole, tmp_path):
     output = tmp_path / "run"
-    # The sixth is where a record after the checkpoint's own is written.
-    blow = Blow(output, after=output / "checkpoint-4", at=6)
+    # The eighth is where a record after the checkpoint's own is written.
+    blow = Blow(output, after=output / "checkpoint-4", at=8)
     run = start(options(site), output, blow)
     assert run.end() == -signal.SIGKILL, run.words
     assert 4 < metrics(output)[-1]["step"] < 8
