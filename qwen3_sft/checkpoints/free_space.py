@@ -51,7 +51,7 @@ def refuse_full_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
-            f"a checkpoint takes about {needed} bytes, but {folder} has {free} bytes free; nothing "
+            f"a checkpoint takes about {needed} bytes and {folder} has {free} bytes free; nothing "
             "was written, earlier checkpoints are whole. Free some space, keep fewer with "
             "--save_total_limit 1, or resume with another --output_dir"
         )

@@ -29,12 +29,12 @@ def export_command(argv: list[str]) -> int:
     own = parse(argv)
     refuse_export_over_source(own.checkpoint, own.folder)
     refuse_foreign_export(own.folder)
-    _require_checkpoint(own.checkpoint)
     with held(lock_beside(own.folder), own.folder):
         return _export(own)
 
 
 def _export(own: argparse.Namespace) -> int:
+    _require_checkpoint(own.checkpoint)
     import torch
 
     from qwen3_sft.checkpoints.whole import load_checkpoint
