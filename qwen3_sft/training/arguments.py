@@ -141,8 +141,7 @@ def _on_cpus(train: TrainDraft, engine: Engine) -> TrainDraft:
         UsageError: the engine needs GPUs.
     """
     if engine.kind in ("ddp", "native"):
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-        return train
+        return replace(train, use_cpu=True)
     if engine.kind == "fsdp" and "ACCELERATE_TORCH_DEVICE" not in os.environ:
         raise UsageError(
             "accelerate's FSDP needs GPUs, and there is none here: launch with config/ddp.json, "

@@ -31,7 +31,7 @@ SMALL_FILES = {
 
 @pytest.fixture
 def edges(cases):  # noqa: F811
-    tied = cases.root / "tied"
+    tied = cases.root / "tied_base"
     tied.mkdir()
     for file in (cases.root / "base").iterdir():
         (tied / file.name).write_bytes(file.read_bytes())
@@ -56,7 +56,7 @@ def run_edges(cases: Cases) -> tuple[dict[str, int], dict[str, str]]:  # noqa: F
 
 
 def test_edges(edges):
-    tied = ("--model_name_or_path", edges.root / "tied")
+    tied = ("--model_name_or_path", edges.root / "tied_base")
     expected = {}
 
     def add(name, code, *args, **kwargs):
