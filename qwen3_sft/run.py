@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
 import monkey_patch
 from qwen3_sft.build import Tokens, build_trainer
@@ -31,8 +32,8 @@ from qwen3_sft.export.card import model_card
 from qwen3_sft.export.export import export_model
 from qwen3_sft.export.upload import check_token, upload_model
 from qwen3_sft.hardware import device_info
-from qwen3_sft.model.loading import load_model, load_tokenizer, resolve_model
-from qwen3_sft.model.meta_model import meta_model
+from qwen3_sft.model.base import checked_base
+from qwen3_sft.model.loading import load_model, resolve_model
 from qwen3_sft.model.patches import FP8_PATCHES
 from qwen3_sft.options.batch import rows_per_step
 from qwen3_sft.options.data_args import DataArguments
@@ -93,12 +94,13 @@ def run(options: Options, peers: PeerWatch) -> int:
 
 def _run_in(folder: RunFolder, options: Options, peers: PeerWatch) -> int:
     name, data = resolve_demo(options.model.model_name_or_path, options.data, folder.path / "base")
-    base = resolve_model(name, options.model.model_revision)
     # Before TrainingArguments exist: then even a model on the meta device would be sharded.
-    decisions = decide(options, meta_model(str(base)), Machine.here(options.train))
+    checked = checked_base(resolve_model(name, options.model.model_revision))
+    base = checked.folder
+    decisions = decide(options, checked.model, Machine.here(options.train))
     _say(decisions)
     # Outside any process group: this may take hours.
-    tokens = _prepare_data(data, base, options.train.seed)
+    tokens = _prepare_data(data, checked.tokenizer, options.train.seed)
 
     _join(options.train, peers)
     # GPUs may differ, what layers do must not.
@@ -131,8 +133,7 @@ def _say(decisions: Decisions) -> None:
         logger.warning("this is likely to run out of memory; %s", decisions.advice_line)
 
 
-def _prepare_data(data: DataArguments, base: Path, seed: int) -> Tokens:
-    tokenizer = load_tokenizer(base)
+def _prepare_data(data: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tokens:
     tokens = prepare(data, tokenizer)
     if data.eval_dataset:
         return Tokens(tokenizer, tokens, prepare(data, tokenizer, eval=True), has_own_eval=True)

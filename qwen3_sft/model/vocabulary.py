@@ -1,0 +1,55 @@
+"""Tokenizer and model: every id that the one can give has a row in the other's embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from qwen3_sft.errors import ModelError
+
+_SHOWN = 5
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, where: Path
+) -> None:
+    """Refuse a tokenizer with ids beyond the embedding, which has more rows than tokens or as many.
+
+    Args:
+        tokenizer: of the model.
+        config: of the model; its `vocab_size` is the number of rows, held against the weights.
+        where: the model's folder.
+
+    Raises:
+        ModelError: naming the tokens, and what to do.
+    """
+    rows = config.get_text_config().vocab_size
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+    if not beyond:
+        return
+    shown = ", ".join(f"{token!r} {i}" for i, token in beyond[:_SHOWN])
+    raise ModelError(
+        f"{where}: the embedding has {rows} rows (vocab_size), and {len(beyond)} tokens have ids "
+        f"beyond: {shown}. Give them rows and save the result with the tokenizer, in Python: "
+        f"model.resize_token_embeddings({beyond[-1][0] + 1}); or take the tokenizer of the "
+        "released model"
+    )
+
+
+def check_special_ids(config: PretrainedConfig, where: Path) -> None:
+    """Refuse ids in config.json of tokens that the model cannot have.
+
+    Raises:
+        ModelError: naming the entry.
+    """
+    text = config.get_text_config()
+    for name in _SPECIAL:
+        given = getattr(text, name)
+        ids = given if isinstance(given, list) else [given]
+        if wrong := [i for i in ids if i is not None and not 0 <= i < text.vocab_size]:
+            raise ModelError(
+                f"{where / 'config.json'}: {name} {wrong[0]} is beyond vocab_size "
+                f"{text.vocab_size}: set it to the id of a token of the tokenizer, or to null"
+            )
