@@ -19,12 +19,13 @@ from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import ModelError
 from qwen3_sft.families.family import family_of, require_by_name
 from qwen3_sft.logs import progress_bars
-from qwen3_sft.model.base_files import INDEX, read_headers
+from qwen3_sft.model.base_files import INDEX, check_file, read_headers
 from qwen3_sft.model.config_file import CONFIG, read_config
 from qwen3_sft.model.host_memory import blocks_given_back, reserve_weights
 from qwen3_sft.model.quantised import FILES as LEGACY_FILES
 from qwen3_sft.model.quantised import refuse_quantised
 from qwen3_sft.model.trust import load_config
+from qwen3_sft.model.vocabulary import check_control_tokens
 from qwen3_sft.options.model_args import EXPERT_PATCHES, ModelArguments
 
 logger = logging.getLogger(__name__)
@@ -109,15 +110,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the checkpoint's fast tokenizer.
 
     Raises:
-        ModelError: no fast tokenizer, or control tokens of Qwen3 are missing.
+        ModelError: a file is damaged, it is no fast tokenizer, its control tokens are not those of
+            Qwen3, or one that was added contains them.
     """
+    for path in (folder / name for name in TOKENIZER_FILES):
+        if path.exists() or path.is_symlink():
+            check_file(path)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    missing = [t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.get_vocab()]
-    if not tokenizer.is_fast or missing:
-        raise ModelError(
-            f"{folder}: not a Qwen3 fast tokenizer"
-            + (f", it lacks {', '.join(missing)}" if missing else "")
-        )
+    check_control_tokens(tokenizer, folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # fills rows, where nothing looks at it
     return tokenizer
 
 

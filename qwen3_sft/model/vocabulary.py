@@ -1,4 +1,4 @@
-"""Tokenizer and model: every id that the one can give has a row in the other's embedding."""
+"""What a tokenizer must have: Qwen3's control tokens, and no id without a row of the embedding."""
 
 from __future__ import annotations
 
@@ -6,10 +6,39 @@ from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from qwen3_sft.chat.control_tokens import QWEN3_CONTROL_TOKENS
+from qwen3_sft.chat.templates import CONTROL_TOKENS
 from qwen3_sft.errors import ModelError
 
 _SHOWN = 5
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def check_control_tokens(tokenizer: PreTrainedTokenizerBase, where: Path) -> None:
+    """Refuse a tokenizer that would take a conversation apart in another way than Qwen3's.
+
+    Raises:
+        ModelError: naming the tokens.
+    """
+    added = tokenizer.get_added_vocab()
+    missing = [token for token in CONTROL_TOKENS if token not in added]
+    if not tokenizer.is_fast or missing:
+        lacks = f", it lacks {', '.join(missing)}" if missing else ""
+        raise ModelError(
+            f"{where}: not a Qwen3 fast tokenizer{lacks}; take the tokenizer files of a Qwen3 model"
+        )
+    if str(tokenizer.eos_token) not in added:
+        raise ModelError(
+            f"{where}: the tokenizer's eos_token is {tokenizer.eos_token!r}, which is none of its "
+            'added tokens: set "eos_token": "<|im_end|>" in tokenizer_config.json'
+        )
+    for token in added:
+        within = [own for own in QWEN3_CONTROL_TOKENS if own in token and own != token]
+        if within:
+            raise ModelError(
+                f"{where}: the added token {token!r} contains {within[0]}, which would be cut in "
+                "another way wherever it stands: take it out of the tokenizer"
+            )
 
 
 def check_vocabulary(
