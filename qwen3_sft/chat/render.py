@@ -21,6 +21,7 @@ from itertools import groupby, islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from qwen3_sft.chat.pieces import Piece, PieceWriter, Rendered
+from qwen3_sft.chat.row_options import check_row_options
 from qwen3_sft.chat.samples import Conversation, Message, PlainText
 from qwen3_sft.chat.template_process import render_apart
 from qwen3_sft.chat.templates import CHAT_FORMATS, detect_chat_format
@@ -82,7 +83,8 @@ def render(
             f"{location}: this row has reasoning but {chat_format} has no thinking; use a "
             "thinking model or remove reasoning_content and <think> blocks"
         )
-    answers = _answers(messages, conversation.first_trained, train_on)
+    check_row_options(conversation, fmt, train_on, location)
+    answers = _answers(messages, conversation.first_trained, train_on) - conversation.masked
     samples = [(messages, answers)]
     if train_on != "all":
         samples = list(_samples(messages, answers, thinking, warnings))
@@ -95,7 +97,7 @@ def render(
             fmt,
             labelled=labelled,
             keep_reasoning=thinking == "keep",
-            train_empty_think=train_empty_think,
+            train_empty_think=train_empty_think or conversation.enable_thinking is True,
         )
         for part, labelled in samples
     ]
@@ -113,7 +115,7 @@ def render_plain(sample: PlainText, eos_token: str, *, train_on: TrainOn) -> Ren
     writer = PieceWriter()
     writer.plain(sample.prompt)
     writer.plain(sample.completion, trained=True)
-    writer.control(eos_token, trained=True)
+    writer.control(sample.end or eos_token, trained=True)
     rendered = writer.finish()
     return rendered.fully_trained() if train_on == "all" else rendered
 
@@ -245,8 +247,11 @@ def _as_template_dict(message: Message) -> dict[str, Any]:
 
     An empty reasoning_content tells the thinking templates not to look for one in the content.
     """
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.role == "assistant":
+    if message.written is not None:  # the template itself has to find the reasoning in it
+        turn: dict[str, Any] = {"role": message.role, "content": message.written}
+    else:
+        turn = {"role": message.role, "content": message.content}
+    if message.role == "assistant" and message.written is None:
         turn["reasoning_content"] = message.reasoning or ""
     if message.tool_calls:
         turn["tool_calls"] = [

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
-
-from qwen3_sft.errors import DataError
 
 Role = Literal["system", "user", "assistant", "tool"]
 IGNORED = -100  # the label torch's cross entropy skips
@@ -31,12 +28,21 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `reasoning` is None where there is none, never an empty string."""
+    """One turn.
+
+    Attributes:
+        role: as chat templates call it.
+        content: without reasoning and calls.
+        reasoning: None where there is none, never an empty string.
+        tool_calls: of an assistant.
+        written: the content as the row has it, where the reasoning was read out of its text.
+    """
 
     role: Role
     content: str
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    written: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +53,30 @@ class Conversation:
         messages: at least one of them is an assistant's.
         tools: function descriptions as the file gave them.
         first_trained: index of the first message whose answer may carry labels.
+        masked: indices of answers that the row itself keeps from carrying labels.
+        enable_thinking: what the row tells the chat template; None where it does not say.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
     first_trained: int = 0
+    masked: frozenset[int] = frozenset()
+    enable_thinking: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PlainText:
-    """Text outside any chat: the prompt carries no labels; a `text` row has an empty prompt."""
+    """Text outside any chat.
+
+    Attributes:
+        prompt: carries no labels; empty for a `text` row.
+        completion: without its end token.
+        end: the end token that the text was written with; None for the tokenizer's.
+    """
 
     prompt: str
     completion: str
+    end: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,28 +96,3 @@ class Tokens:
 
 
 Sample = Conversation | PlainText | Tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a row stands, and what to remember about it.
-
-    Attributes:
-        location: such as ``data.jsonl:17``; every error message begins with it.
-        warnings: counts by kind of oddity that is trained on all the same.
-        drop_nulls: leave out null entries of tools and call arguments. Arrow and Parquet give
-            every struct the union of all rows' keys, so there null means absent; in JSON it is a
-            value.
-    """
-
-    location: str
-    warnings: Counter[str] = field(default_factory=Counter)
-    drop_nulls: bool = False
-
-    def fail(self, problem: str) -> NoReturn:
-        """Raise a DataError at this location."""
-        raise DataError(f"{self.location}: {problem}")
-
-    def warn(self, kind: str) -> None:
-        """Count one oddity of this kind."""
-        self.warnings[kind] += 1

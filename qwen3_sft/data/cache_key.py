@@ -20,12 +20,16 @@ from qwen3_sft.chat import (
     encoding,
     pieces,
     render,
+    row_options,
     samples,
     template_process,
     templates,
     text,
 )
 from qwen3_sft.data import (
+    compressed,
+    csv_rows,
+    file_kinds,
     formats,
     json_rows,
     raw_rows,
@@ -34,6 +38,26 @@ from qwen3_sft.data import (
     tally,
     tokenize_rows,
     turns,
+    txt_rows,
+)
+from qwen3_sft.data.rows import (
+    answers,
+    calls,
+    columns,
+    content,
+    conversations,
+    defects,
+    fields,
+    loss_flags,
+    nulls,
+    plain,
+    questions,
+    reasoning,
+    refused,
+    source,
+    token_rows,
+    values,
+    written_calls,
 )
 
 logger = logging.getLogger(__name__)
@@ -41,8 +65,11 @@ logger = logging.getLogger(__name__)
 LAYOUT = 2  # of the cache folder; raise it when the meaning of its files changes
 # A row's way to tokens, all of it: a forgotten module would serve stale caches (a test checks).
 TOKENISERS = (
-    control_tokens, encoding, formats, json_rows, pieces, raw_rows, readers, render, samples,
-    table_rows, tally, template_process, templates, text, tokenize_rows, turns,
+    answers, calls, columns, compressed, content, control_tokens, conversations, csv_rows, defects,
+    encoding, fields, file_kinds, formats, json_rows, loss_flags, nulls, pieces, plain, questions,
+    raw_rows, readers, reasoning, refused, render, row_options, samples, source, table_rows, tally,
+    template_process, templates, text, token_rows, tokenize_rows, turns, txt_rows, values,
+    written_calls,
 )  # fmt: skip
 _SETTLED_S = 2.0  # a file changed more recently may change again within the clock's resolution
 

@@ -2,59 +2,53 @@
 
 The format is read off a row's keys, and every row of a file must have the same one. A row that
 cannot be trained on raises a DataError that begins with its location; a row with nothing in it is
-returned as `Dropped` with the reason, for the reader to count. No row is ever skipped in silence.
+returned as `Dropped` with the reason, for the reader to count. No row is ever skipped in silence,
+and no field of a row: `rows/fields.py` has the table.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
-import numpy as np
-
-from qwen3_sft.chat.samples import (
-    IGNORED,
-    Conversation,
-    Dropped,
-    Message,
-    PlainText,
-    Sample,
-    Source,
-    Tokens,
-)
-from qwen3_sft.data.turns import (
-    check_order,
-    check_text,
-    clean_json,
-    describe,
-    join_parts,
-    load_json,
-    parse_answer,
-    parse_turns,
-    warn_control_text,
-)
+from qwen3_sft.chat.samples import Dropped, Sample
+from qwen3_sft.data.rows.conversations import make_conversation, parse_tool_columns
+from qwen3_sft.data.rows.plain import parse_prompt_completion, parse_text
+from qwen3_sft.data.rows.questions import ALPACA, PAIRS, parse_alpaca, parse_pair
+from qwen3_sft.data.rows.refused import not_supervised
+from qwen3_sft.data.rows.source import Reading, Source
+from qwen3_sft.data.rows.token_rows import parse_tokens
+from qwen3_sft.data.turns import parse_turns
 from qwen3_sft.errors import DataError
 
-Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"]
+Format = Literal[
+    "messages", "sharegpt", "alpaca", "question_answer", "prompt_completion", "text", "tokens"
+]
 
-# A row has a format when it has all of these columns.
-_REQUIRED: dict[Format, frozenset[str]] = {
-    "messages": frozenset({"messages"}),
-    "sharegpt": frozenset({"conversations"}),
-    "alpaca": frozenset({"instruction", "output"}),
-    "prompt_completion": frozenset({"prompt", "completion"}),
-    "text": frozenset({"text"}),
-    "tokens": frozenset({"input_ids"}),
+# A row has a format when it has all of the columns of one of its entries.
+_REQUIRED: dict[Format, tuple[frozenset[str], ...]] = {
+    "messages": (frozenset({"messages"}),),
+    "sharegpt": (frozenset({"conversations"}), frozenset({"conversation"})),
+    "alpaca": tuple(map(frozenset, ALPACA)),
+    "prompt_completion": (frozenset({"prompt", "completion"}),),
+    "text": (frozenset({"text"}),),
+    "tokens": (frozenset({"input_ids"}),),
+    "question_answer": tuple(map(frozenset, PAIRS)),
 }
+# Names so common that another format's columns may hold them too, as copies or references.
+_WEAK: tuple[Format, ...] = ("question_answer",)
+DATA_COLUMNS = frozenset(
+    column for kinds in _REQUIRED.values() for kind in kinds for column in kind
+)
 _ACCEPTED = (
     "messages | conversations (ShareGPT), both with optional tools, system | "
     "instruction + output (Alpaca), with optional input, system, history | "
-    "prompt + completion | text | input_ids, with optional labels"
+    "question + answer, query + response and the like | "
+    "prompt + completion | text | input_ids, with optional labels; other names can be mapped, such as "
+    "--columns prompt=question completion=answer"
 )
-# Rendered chats: tokenising them as plain text would hide the turns from the masks.
-_RENDERED = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
 
 
 def detect_format(columns: Collection[str], location: str, wanted: Format | None = None) -> Format:
@@ -68,25 +62,40 @@ def detect_format(columns: Collection[str], location: str, wanted: Format | None
     Raises:
         DataError: when no format fits, the wanted one does not, or more than one does.
     """
+    names = frozenset(columns)
+    found = _fitting(names)
     if wanted is not None:
-        if missing := _REQUIRED[wanted] - set(columns):
+        if wanted not in found:
+            kinds = _REQUIRED[wanted]
+            needs = " or ".join("+".join(sorted(kind)) for kind in kinds)
+            missing = ", ".join(sorted(kinds[0] - names)) if len(kinds) == 1 else needs
             raise DataError(
-                f"{location}: --dataset_format {wanted} needs the column {', '.join(missing)}; "
-                f"found {sorted(columns)}"
+                f"{location}: --dataset_format {wanted} needs the column {missing}; "
+                f"found {sorted(names)}"
             )
         return wanted
-    found = [name for name in get_args(Format) if _REQUIRED[name] <= set(columns)]
     if len(found) == 1:
         return found[0]
     if not found:
+        if problem := not_supervised(names):
+            raise DataError(f"{location}: {problem}")
         raise DataError(
-            f"{location}: columns {sorted(columns)} are no known format; accepted: {_ACCEPTED}"
+            f"{location}: columns {sorted(names)} are no known format; accepted: {_ACCEPTED}"
         )
-    named = " and ".join("+".join(sorted(_REQUIRED[name])) for name in found)
+    named = " and ".join(
+        "+".join(sorted(kind)) for name in found for kind in _REQUIRED[name] if kind <= names
+    )
     raise DataError(
         f"{location}: columns {named} could each be the data; choose with --dataset_format "
         f"{' or '.join(found)}, or keep only one of them"
     )
+
+
+@lru_cache(1024)
+def _fitting(names: frozenset[str]) -> tuple[Format, ...]:
+    fits = [name for name in get_args(Format) if any(kind <= names for kind in _REQUIRED[name])]
+    strong = [name for name in fits if name not in _WEAK]
+    return tuple(strong or fits)
 
 
 def require_format(file_format: Format, row_format: Format, location: str) -> None:
@@ -105,7 +114,7 @@ def parse_row(
     warnings: Counter[str],
     *,
     vocab_size: int | None = None,
-    drop_nulls: bool = False,
+    reading: Reading = Reading(),  # noqa: B008 - frozen
 ) -> Sample | Dropped:
     """Turn one raw row into a canonical sample.
 
@@ -115,8 +124,7 @@ def parse_row(
         location: such as ``data.jsonl:17``; every error begins with it.
         warnings: receives one count per kind of oddity that is kept.
         vocab_size: token ids of a pre-tokenised row must be below it.
-        drop_nulls: null entries of tools and call arguments mean absent; set it for rows from
-            Arrow or Parquet, whose structs hold the union of all rows' keys.
+        reading: how the rows of its file are read.
 
     Returns:
         The sample, or `Dropped` with the reason to count.
@@ -124,150 +132,36 @@ def parse_row(
     Raises:
         DataError: for a row that cannot be trained on.
     """
-    source = Source(location, warnings, drop_nulls)
-    if fmt == "messages":
-        return _parse_conversation(row, "messages", source)
-    if fmt == "sharegpt":
-        return _parse_conversation(row, "conversations", source)
+    source = Source(location, warnings, reading)
+    given, row = row, source.kept(row)
+    if reading.is_chosen:  # columns of other formats are none of its data
+        own = _own_columns(fmt, frozenset(row))
+        row = {name: v for name, v in row.items() if name in own or name not in DATA_COLUMNS}
+    if fmt in ("messages", "sharegpt"):
+        return _parse_conversation(given, row, source)
     if fmt == "alpaca":
-        return _parse_alpaca(row, source)
+        return parse_alpaca(given, row, source)
+    if fmt == "question_answer":
+        return parse_pair(given, row, source)
     if fmt == "prompt_completion":
-        return _parse_prompt_completion(row, source)
+        return parse_prompt_completion(given, row, source)
     if fmt == "text":
-        text = _plain_text(row["text"], "text", source)
-        return PlainText("", text) if text.strip() else Dropped("empty text")
-    return _parse_tokens(row, source, vocab_size)
+        return parse_text(given, row, source)
+    return parse_tokens(row, source, vocab_size)
 
 
-def _parse_conversation(row: dict[str, Any], column: str, source: Source) -> Conversation:
-    messages = parse_turns(row[column], column, source)
-    system = _parse_system(row, source)
-    if system and messages and messages[0].role == "system":
-        source.fail(f"column 'system' and {column}[0] are both system messages; keep one")
-    check_order(messages, source)
-    return Conversation(system + messages, _parse_tools(row, source))
+def _own_columns(fmt: Format, names: frozenset[str]) -> frozenset[str]:
+    optional = {"input"} if fmt == "alpaca" else set()
+    kinds = [kind for kind in _REQUIRED[fmt] if kind <= names] or [_REQUIRED[fmt][0]]
+    return kinds[0] | optional
 
 
-def _parse_system(row: dict[str, Any], source: Source) -> tuple[Message, ...]:
-    if row.get("system") is None or row["system"] == "":
-        return ()
-    text = join_parts(row["system"], "column 'system'", source)
-    warn_control_text(text, source)
-    return (Message("system", text),)
-
-
-def _parse_tools(row: dict[str, Any], source: Source) -> tuple[dict[str, Any], ...]:
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        tools = load_json(tools, "column 'tools'", source)
-    if not tools:
-        return ()
-    if not isinstance(tools, list):
-        source.fail(f"column 'tools' must be a list of functions, found {describe(tools)}")
-    return tuple(_parse_tool(tool, f"tools[{index}]", source) for index, tool in enumerate(tools))
-
-
-def _parse_tool(tool: Any, where: str, source: Source) -> dict[str, Any]:
-    if isinstance(tool, str):
-        tool = load_json(tool, where, source)
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        source.fail(f"{where} must describe a function with a name, found {describe(tool)}")
-    return clean_json(tool, where, source)
-
-
-def _parse_alpaca(row: dict[str, Any], source: Source) -> Conversation | Dropped:
-    if row["output"] == "":
-        return Dropped("empty output")
-    asked = [row["instruction"], *([row["input"]] if row.get("input") else [])]
-    question = "\n".join(join_parts(part, "instruction or input", source) for part in asked)
-    turns = [*_parse_history(row.get("history"), source), Message("user", question)]
-    warn_control_text(question, source)
-    turns.append(parse_answer(row["output"], "output", source))
-    return Conversation((*_parse_system(row, source), *turns))
-
-
-def _parse_history(history: Any, source: Source) -> list[Message]:
-    """Parse earlier rounds: a list of [question, answer]."""
-    if not isinstance(history or [], list):
-        source.fail(f"column 'history' must be a list of pairs, found {describe(history)}")
-    turns = []
-    for index, pair in enumerate(history or []):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            source.fail(f"history[{index}] must be [question, answer], found {describe(pair)}")
-        turns.append(Message("user", join_parts(pair[0], f"history[{index}][0]", source)))
-        turns.append(parse_answer(pair[1], f"history[{index}][1]", source))
-    return turns
-
-
-def _parse_prompt_completion(
-    row: dict[str, Any], source: Source
-) -> Conversation | PlainText | Dropped:
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        context = parse_turns(prompt, "prompt", source)
-        answers = parse_turns(completion, "completion", source)
-        check_order(context + answers, source)
-        if all(message.role != "assistant" for message in answers):
-            source.fail("completion has no assistant turn, so there is nothing to learn")
-        return Conversation(context + answers, _parse_tools(row, source), len(context))
-    if isinstance(prompt, list) or isinstance(completion, list):
-        source.fail("prompt and completion must be both strings or both lists of messages")
-    prompt = _plain_text(prompt, "prompt", source)
-    completion = _plain_text(completion, "completion", source)
-    if completion.lstrip().startswith("<think>"):
-        source.fail("completion begins with <think>, a control token of chats; use `messages`")
-    return PlainText(prompt, completion) if completion.strip() else Dropped("empty completion")
-
-
-def _plain_text(value: Any, column: str, source: Source) -> str:
-    if not isinstance(value, str):
-        source.fail(f"column {column!r} must be a string, found {describe(value)}")
-    rendered = _RENDERED.search(value)
-    if rendered:
-        source.fail(
-            f"column {column!r} contains {rendered[0]}: it is already rendered as a chat; "
-            "use `messages`, so that turns and masks are known"
-        )
-    warn_control_text(value, source)
-    return check_text(value, f"column {column!r}", source)
-
-
-def _parse_tokens(row: dict[str, Any], source: Source, vocab_size: int | None) -> Tokens | Dropped:
-    ids = _int_array(row["input_ids"], "input_ids", source)
-    if len(ids) < 2:
-        return Dropped("one token, nothing to predict" if len(ids) else "empty input_ids")
-    if ids.min() < 0 or (vocab_size is not None and ids.max() >= vocab_size):
-        bad = ids[(ids < 0) | (ids >= (vocab_size or np.inf))][0]
-        source.fail(f"input_ids has token {bad}, outside the vocabulary of {vocab_size} tokens")
-    given = row.get("labels")
-    labels = ids if given is None else _int_array(given, "labels", source)
-    if len(labels) != len(ids):
-        source.fail(f"labels has {len(labels)} entries but input_ids has {len(ids)}")
-    wrong = np.flatnonzero((labels != IGNORED) & (labels != ids))
-    if len(wrong):
-        source.fail(
-            f"labels[{wrong[0]}] is {labels[wrong[0]]} but input_ids[{wrong[0]}] is "
-            f"{ids[wrong[0]]}; a label is its own token or {IGNORED} (do not shift labels)"
-        )
-    # The first token of a document is never predicted, whatever its label.
-    if (labels[1:] == IGNORED).all():
-        source.fail(f"all labels are {IGNORED}, so there is nothing to learn; remove the row")
-    return Tokens(ids.astype(np.int32), labels.astype(np.int32))
-
-
-def _int_array(value: Any, column: str, source: Source) -> np.ndarray:
-    if not isinstance(value, list | tuple | np.ndarray):
-        source.fail(f"column {column!r} must be a list of integers, found {describe(value)}")
-    if not len(value):
-        return np.empty(0, np.int64)
-    if isinstance(value, np.ndarray):
-        whole = value.ndim == 1 and value.dtype.kind in "iu"
-    else:
-        whole = all(type(item) is int or isinstance(item, np.integer) for item in value)
-    if not whole:
-        source.fail(f"column {column!r} must hold only integers, found {describe(value)}")
-    try:
-        return np.asarray(value, np.int64)
-    except OverflowError as error:
-        source.fail(f"column {column!r} has an integer that is no token id: {error}")
+def _parse_conversation(
+    given: dict[str, Any], row: dict[str, Any], source: Source
+) -> Sample | Dropped:
+    columns = [name for name in ("messages", "conversations", "conversation") if name in given]
+    column = next((name for name in columns if name in row), columns[0])
+    described = parse_tool_columns(row, source)
+    tools = described[0][1] if described else ()
+    turns = parse_turns(given[column], column, source, tools)
+    return make_conversation(row, turns, (column,), source)

@@ -1,8 +1,9 @@
 """Read rows from JSON and JSON lines files; every error names file, line and column.
 
 A `.json` file may be one array of objects (LongAlpaca: hundreds of megabytes in one array), one
-object, or objects one after the other. It is decoded through a window that grows only while an
-object does not fit, so memory follows the largest row and not the file.
+object, objects one after the other, or one object that wraps the array as `{"data": [...]}`. It is
+decoded through a window that grows only while an object does not fit, so memory follows the largest
+row and not the file. A `.jsonl` file that does not hold one value per line is read in this way too.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from qwen3_sft.data.compressed import open_bytes
 from qwen3_sft.data.tally import Tally
 from qwen3_sft.errors import DataError
 
-Row = tuple[str, dict[str, Any]]  # location, content
+Row = tuple[str, Any]  # location, and content: a dict, or a `BadRow`
 
 BLANK_LINE = "blank line skipped"
 _WINDOW = 1 << 20  # bytes read at a time
@@ -24,20 +27,64 @@ _WHITESPACE = " \t\n\r"
 _TRUNCATION = 16  # a value cut by the window's end fails within its last token: `false`, `\\uABCD`
 
 
-def jsonl_rows(path: Path, tally: Tally) -> Iterator[Row]:
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be read, where bad rows are dropped."""
+
+    error: DataError
+
+
+_WRAPPERS = ("data", "rows", "train", "examples", "instances", "records", "items")
+
+
+def jsonl_rows(path: Path, tally: Tally, *, drop_bad: bool = False) -> Iterator[Row]:
     """Yield ("file:line", object) for each line that is not blank.
+
+    Args:
+        path: of the file, which may be compressed.
+        tally: counts blank lines.
+        drop_bad: yield a `BadRow` for a line that cannot be read, where it is an error otherwise.
 
     Raises:
         DataError: on invalid UTF-8, a syntax error, or a line that is not an object.
     """
-    with path.open("rb") as file:
+    if not is_one_per_line(path):
+        yield from json_rows(path)
+        return
+    with open_bytes(path) as file:
         for number, raw in enumerate(file, 1):
             line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
             location = f"{path}:{number}"
             if not line.strip():
                 tally.add(BLANK_LINE, location)
                 continue
-            yield location, _as_object(_decode_line(line, location), location)
+            try:
+                row = _as_object(_decode_line(line, location), location)
+            except DataError as error:
+                if not drop_bad:
+                    raise
+                yield location, BadRow(error)
+            else:
+                yield location, row
+
+
+def is_one_per_line(path: Path) -> bool:
+    """Whether the first line that is not blank is a value of its own, or is broken within itself.
+
+    An array of rows is not, and neither is the first line of an object over several lines.
+    """
+    with open_bytes(path) as file:
+        line = next((line for line in file if line.removeprefix(codecs.BOM_UTF8).strip()), b"")
+    line = line.removeprefix(codecs.BOM_UTF8).strip()
+    if line.startswith(b"["):
+        return False
+    try:
+        json.loads(line.decode())
+    except json.JSONDecodeError as error:
+        return not (line.startswith(b"{") and error.pos >= len(error.doc.rstrip()))
+    except (UnicodeDecodeError, ValueError, RecursionError):
+        pass
+    return True
 
 
 def json_rows(path: Path) -> Iterator[Row]:
@@ -46,14 +93,29 @@ def json_rows(path: Path) -> Iterator[Row]:
     Raises:
         DataError: on invalid UTF-8, a syntax error, or an element that is not an object.
     """
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         window = _Window(path, file)
         if window.peek() == "[":
             yield from _array_rows(window)
         else:
             while window.peek():
                 location = window.location()
-                yield location, _as_object(window.decode(), location)
+                yield from _wrapped_rows(_as_object(window.decode(), location), location)
+
+
+def _wrapped_rows(value: dict[str, Any], location: str) -> Iterator[Row]:
+    """Yield the rows of an object that holds nothing but a list of them, else the object."""
+    lists = [name for name in _WRAPPERS if _is_list_of_objects(value.get(name))]
+    others = [item for name, item in value.items() if name not in lists]
+    if len(lists) != 1 or any(isinstance(item, list | dict) for item in others):
+        yield location, value
+        return
+    for index, row in enumerate(value[lists[0]]):
+        yield f"{location} {lists[0]}[{index}]", row
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 def _array_rows(window: _Window) -> Iterator[Row]:
@@ -85,7 +147,7 @@ def _decode_line(line: bytes, location: str) -> Any:
 def _as_object(value: Any, location: str) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
-    hint = "; an array of rows belongs in a .json file" if isinstance(value, list) else ""
+    hint = "; lists of values need a CSV file" if isinstance(value, list) else ""
     raise DataError(
         f'{location}: a row must be an object such as {{"messages": [...]}}, '
         f"found {type(value).__name__} {json.dumps(value)[:40]}{hint}"

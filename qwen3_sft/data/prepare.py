@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ROW_OPTIONS = ("dataset_format", "columns", "ignore_columns", "on_bad_row", "txt_rows")
 _SMALL_BYTES = 32 << 20
 _MOST_PROCESSES = 32
 
@@ -94,6 +95,7 @@ def tokenize_options(args: DataArguments, tokenizer: PreTrainedTokenizerBase) ->
         train_on=args.train_on,
         thinking=args.thinking,
         train_empty_think=args.train_empty_think,
+        on_bad_row=args.on_bad_row,
     )
 
 
@@ -134,7 +136,7 @@ def _parts(
     return {
         "sources": describe_all(sources, FileHashes(cache / "file_hashes.json")),
         "max_rows": args.max_rows,
-        "dataset_format": args.dataset_format,
+        "rows": {name: getattr(args, name) for name in _ROW_OPTIONS},
         "options": {name: getattr(options, name) for name in options.__slots__},
         "chat_template": text_hash(chat_template(tokenizer) or ""),
         "tokenizer": text_hash(tokenizer.backend_tokenizer.to_str()),
@@ -153,7 +155,7 @@ def data_fingerprint(args: DataArguments, *, eval: bool = False) -> str:
 
 
 def _of_rows(sources: list[tuple[str, str]], args: DataArguments) -> str:
-    kept = [args.max_rows, args.dataset_format, args.overlong]
+    kept = [args.max_rows, args.overlong, *(getattr(args, name) for name in _ROW_OPTIONS)]
     return _json_hash([[identity for _, identity in sources], *kept])
 
 

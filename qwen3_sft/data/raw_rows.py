@@ -1,4 +1,4 @@
-"""Number the rows of all sources and recognise their format, one format per source."""
+"""Number the rows of all sources, name their columns and recognise their format."""
 
 from __future__ import annotations
 
@@ -9,22 +9,34 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from qwen3_sft.data.formats import Format, detect_format, require_format
+from qwen3_sft.data.json_rows import BadRow
 from qwen3_sft.data.readers import RowSource
+from qwen3_sft.data.rows.columns import NamedColumns, named_columns
+from qwen3_sft.data.rows.nulls import find_fillers
+from qwen3_sft.data.rows.source import Reading
 from qwen3_sft.data.tally import Tally
+from qwen3_sft.errors import DataError
 
 if TYPE_CHECKING:
     from qwen3_sft.options.data_args import DataArguments
 
+OBSERVED_ROWS = 256  # of each source, from which is read where null means absent
+
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """A row as read: its number over all sources (from 0), its location and its format."""
+    """A row as read: its number over all sources (from 0), its location and its format.
+
+    Attributes:
+        problem: why it has none of the formats, for a row that will be dropped.
+    """
 
     number: int
     location: str
     content: dict[str, Any]
     fmt: Format
-    is_table: bool
+    reading: Reading
+    problem: str | None = None
 
 
 def raw_rows(
@@ -34,29 +46,58 @@ def raw_rows(
 
     Args:
         sources: read in order.
-        args: `max_rows` over all sources, and the `dataset_format` where several would fit.
+        args: `max_rows` over all sources, the `dataset_format` where several would fit, what
+            columns are called or ignored, and what becomes of a bad row.
         warnings: receives what readers skip and sources that are empty.
         formats: receives one count per source and format.
 
     Raises:
-        DataError: for a row of an unknown format, or of another than its file's first.
+        DataError: for a row of an unknown format, or of another than its file's first, unless bad
+            rows are dropped.
     """
-    wanted = None if args.dataset_format == "auto" else args.dataset_format
-    rows = chain.from_iterable(_rows_of(source, wanted, warnings, formats) for source in sources)
+    naming = named_columns(args.columns)
+    rows = chain.from_iterable(_rows_of(s, args, naming, warnings, formats) for s in sources)
     for number, fields in enumerate(islice(rows, args.max_rows)):
         yield RawRow(number, *fields)
 
 
+_Fields = tuple[str, dict[str, Any], Format, Reading, str | None]
+
+
 def _rows_of(
-    source: RowSource, wanted: Format | None, warnings: Tally, formats: Counter[str]
-) -> Iterator[tuple[str, dict[str, Any], Format, bool]]:
-    source_format = None
-    for location, content in source.rows(warnings):
-        fmt = detect_format(content, location, wanted)
+    source: RowSource,
+    args: DataArguments,
+    naming: NamedColumns,
+    warnings: Tally,
+    formats: Counter[str],
+) -> Iterator[_Fields]:
+    wanted = None if args.dataset_format == "auto" else args.dataset_format
+    source_format: Format | None = None
+    rows = iter(source.rows(warnings))
+    first = list(islice(rows, OBSERVED_ROWS))
+    contents = [naming(row, location) for location, row in first if not isinstance(row, BadRow)]
+    reading = Reading(frozenset(args.ignore_columns), wanted is not None, find_fillers(contents))
+    for location, row in chain(first, rows):
+        try:
+            if isinstance(row, BadRow):
+                raise row.error
+            content = naming(row, location)
+            fmt = detect_format(_columns(content, reading), location, wanted)
+            require_format(source_format or fmt, fmt, location)
+        except DataError as error:
+            if args.on_bad_row == "error":
+                raise
+            yield location, {}, source_format or "messages", reading, str(error)
+            continue
         if source_format is None:
             source_format = fmt
             formats[fmt] += 1
-        require_format(source_format, fmt, location)
-        yield location, content, fmt, source.is_table
-    if source_format is None:
+        yield location, content, fmt, reading, None
+    if not first:
         warnings.add("source without rows", source.name)
+
+
+def _columns(content: dict[str, Any], reading: Reading) -> list[str]:
+    """Return the columns that tell the format: those that are not null, if there are any."""
+    names = [name for name in content if name not in reading.ignored]
+    return [name for name in names if content[name] is not None] or names

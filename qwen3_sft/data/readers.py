@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qwen3_sft.data.json_rows import Row, json_rows, jsonl_rows
-from qwen3_sft.data.table_rows import arrow_rows, parquet_rows
+from qwen3_sft.data.file_kinds import KINDS, FileOptions, file_rows, is_data_file
+from qwen3_sft.data.json_rows import Row
 from qwen3_sft.data.tally import Tally
 from qwen3_sft.errors import DataError
 
 if TYPE_CHECKING:
     from qwen3_sft.options.data_args import DataArguments
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_NOT_DATA = {".md", ".txt", ".yaml", ".yml", ".lock", ""}
+_NOT_DATA = {".md", ".txt", ".yaml", ".yml", ".lock", ""}  # beside data; a .txt is one if named
 
 Digest = Callable[[Path], str]  # content hash of a file
 
@@ -36,11 +35,6 @@ class RowSource(Protocol):
     @property
     def name(self) -> str:
         """What the report calls it."""
-        ...
-
-    @property
-    def is_table(self) -> bool:
-        """Whether every row has the union of all rows' keys, so that null may mean absent."""
         ...
 
     def rows(self, tally: Tally) -> Iterator[Row]:
@@ -69,13 +63,14 @@ def find_sources(args: DataArguments, *, eval: bool = False) -> list[RowSource]:
 
 def _find(name: str, args: DataArguments) -> list[RowSource]:
     path = Path(name)
+    options = FileOptions(args.on_bad_row == "drop", args.txt_rows)
     if path.is_file():
-        return [_FileSource(path)]
+        return [_FileSource(path, options)]
     if path.is_dir():
-        return _folder_sources(path, args.dataset_split)
+        return _folder_sources(path, args.dataset_split, options)
     base, colon, split = name.rpartition(":")
     if colon and Path(base).is_dir():
-        return _folder_sources(Path(base), split)
+        return _folder_sources(Path(base), split, options)
     hub_id, split = (base, split) if colon else (name, args.dataset_split)
     if not _looks_like_hub_id(hub_id):
         raise DataError(f"{name}: no such file or folder{_suggestion(path)}")
@@ -83,7 +78,7 @@ def _find(name: str, args: DataArguments) -> list[RowSource]:
 
 
 def _looks_like_hub_id(name: str) -> bool:
-    if name.endswith(SUFFIXES) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+    if is_data_file(Path(name)) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         return False
     return "/" not in name or not Path(name.split("/")[0]).is_dir()
 
@@ -98,7 +93,7 @@ def _suggestion(path: Path) -> str:
     return f"; did you mean {missing.parent / near[0]}?" if near else ""
 
 
-def _folder_sources(folder: Path, split: str) -> list[RowSource]:
+def _folder_sources(folder: Path, split: str, options: FileOptions) -> list[RowSource]:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(entry.parent.name for entry in folder.glob("*/state.json"))
         if split not in splits:
@@ -113,48 +108,34 @@ def _folder_sources(folder: Path, split: str) -> list[RowSource]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
     ]
-    unread = [path for path in visible if path.suffix not in _NOT_DATA.union(SUFFIXES)]
+    unread = [p for p in visible if p.suffix not in _NOT_DATA and not is_data_file(p)]
     if unread:
         raise DataError(
             f"{unread[0]}: unknown kind of file ({len(unread)} such in {folder}); "
-            f"accepted are {', '.join(SUFFIXES)}: convert it or move it away"
+            f"accepted are {', '.join(KINDS)}: convert it or move it away"
         )
-    files = [path for path in visible if path.suffix in SUFFIXES and path.name not in _METADATA]
+    data = [p for p in visible if is_data_file(p) and p.suffix not in _NOT_DATA]
+    files = [path for path in data if path.name not in _METADATA]
     if not files:
-        raise DataError(f"{folder}: no {', '.join(SUFFIXES)} file in this folder")
-    return [_FileSource(path) for path in files]
+        raise DataError(f"{folder}: no {', '.join(KINDS)} file in this folder")
+    return [_FileSource(path, options) for path in files]
 
 
 @dataclass(frozen=True)
 class _FileSource:
     path: Path
+    options: FileOptions = FileOptions()
 
     @property
     def name(self) -> str:
         return str(self.path)
 
-    @property
-    def is_table(self) -> bool:
-        return self.path.suffix in (".parquet", ".arrow")
-
     def rows(self, tally: Tally) -> Iterator[Row]:
         """Yield the rows of a file by its ending."""
-        match self.path.suffix:
-            case ".jsonl":
-                return jsonl_rows(self.path, tally)
-            case ".json":
-                return json_rows(self.path)
-            case ".parquet":
-                return parquet_rows(self.path)
-            case ".arrow":
-                return arrow_rows(self.path)
-        raise DataError(
-            f"{self.path}: unknown kind of file {self.path.suffix!r}; "
-            f"accepted are {', '.join(SUFFIXES)}"
-        )
+        return file_rows(self.path, tally, self.options)
 
     def identity(self, digest: Digest) -> str:
-        return f"{self.path.suffix} {digest(self.path)}"
+        return f"{''.join(self.path.suffixes[-2:])} {digest(self.path)}"
 
 
 @dataclass(frozen=True)
@@ -162,7 +143,6 @@ class _SavedSource:
     """A folder written by `datasets.Dataset.save_to_disk`."""
 
     path: Path
-    is_table: bool = True
 
     @property
     def name(self) -> str:
@@ -188,7 +168,6 @@ class _HubSource:
     config: str | None
     revision: str | None
     streaming: bool
-    is_table: bool = True
 
     @property
     def name(self) -> str:

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from qwen3_sft.data.readers import RowSource
+from qwen3_sft.data.rows.defects import ASKED_FOR, BAD_ROW
 from qwen3_sft.data.tokenize_rows import Counts, TokenizeOptions
 from qwen3_sft.errors import DataError
 
 _QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 _INDENT = " " * 10
+_NONE = {"count": 0}
 
 
 def report_origin(
@@ -50,6 +52,7 @@ def make_report(counts: Counts, lengths: np.ndarray) -> dict[str, Any]:
         "rows_in": counts.rows_in,
         "rows_used": counts.rows_used,
         "rows_dropped": counts.rows_dropped.to_dict(),
+        "dropped": [{"location": place, "reason": reason} for place, reason in counts.dropped],
         "samples_in": counts.samples_in,
         "samples_used": len(lengths),
         "samples_truncated": counts.samples_truncated,
@@ -95,9 +98,11 @@ def check_drops(report: dict[str, Any], max_drop_fraction: float) -> None:
     if not rows:
         raise DataError(f"{', '.join(report['files'])}: 0 rows; there is nothing to train on")
     if dropped == rows:
-        raise DataError(f"{origin}: {_all_dropped(report)}. {_remedy(report)}")
+        problem = f"{_all_dropped(report)}{_first_defect(report)}"
+        raise DataError(f"{origin}: {problem}. {_remedy(report)}")
+    asked_for = sum(report["rows_dropped"].get(reason, _NONE)["count"] for reason in ASKED_FOR)
     lost = {
-        "rows": (dropped, rows),
+        "rows": (dropped - asked_for, rows),
         "samples": (_total(report["samples_dropped"]), report["samples_in"]),
     }
     for what, (part, whole) in lost.items():
@@ -105,7 +110,8 @@ def check_drops(report: dict[str, Any], max_drop_fraction: float) -> None:
             raise DataError(
                 f"{origin}: {part} of {whole} {what} ({part / whole:.2%}) were dropped, more than "
                 f"max_drop_fraction {max_drop_fraction:.2%}: "
-                f"{_reasons(report[f'{what}_dropped'])}. {_remedy(report)}, or accept it with "
+                f"{_reasons(report[f'{what}_dropped'])}{_first_defect(report)}. {_remedy(report)}, "
+                "or accept it with "
                 f"--max_drop_fraction {_ceil_percent(part / whole)}"
             )
 
@@ -123,6 +129,12 @@ def _reasons(dropped: dict[str, dict[str, Any]]) -> str:
         f"{entry['count']} with {reason} (first {entry['first']})"
         for reason, entry in dropped.items()
     )
+
+
+def _first_defect(report: dict[str, Any]) -> str:
+    entry = report["rows_dropped"].get(BAD_ROW)
+    listed = (row for row in report["dropped"] if entry and row["location"] == entry["first"])
+    return next((f", the first: {row['reason']}" for row in listed), "")
 
 
 def _remedy(report: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from qwen3_sft.chat.render import self_check
-from qwen3_sft.chat.samples import Conversation
+from qwen3_sft.chat.samples import Conversation, Dropped, Sample
 from qwen3_sft.chat.template_process import is_shipped
 from qwen3_sft.data.formats import parse_row
 from qwen3_sft.data.raw_rows import RawRow
@@ -42,10 +42,7 @@ def check_template(
     """
     if options.chat_format is None or not chat_template(tokenizer):
         return
-    parsed = [
-        parse_row(row.content, row.fmt, row.location, Counter(), drop_nulls=row.is_table)
-        for row in rows
-    ]
+    parsed = [_parsed(row, options) for row in rows if row.problem is None]
     conversations = [sample for sample in parsed if isinstance(sample, Conversation)]
     try:
         is_apart = not is_shipped(tokenizer.chat_template)
@@ -54,3 +51,12 @@ def check_template(
         if not is_explicit:
             raise DataError(f"{tokenizer.name_or_path or 'tokenizer'}: {error}") from error
         logger.warning("training on %s as told, but %s", options.chat_format, error)
+
+
+def _parsed(row: RawRow, options: TokenizeOptions) -> Sample | Dropped | None:
+    try:
+        return parse_row(row.content, row.fmt, row.location, Counter(), reading=row.reading)
+    except DataError:
+        if options.on_bad_row == "error":
+            raise
+        return None  # it is counted once it is tokenised

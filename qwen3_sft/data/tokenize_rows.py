@@ -24,6 +24,7 @@ from qwen3_sft.chat.render import render, render_plain
 from qwen3_sft.chat.samples import Conversation, Dropped, PlainText, Tokens
 from qwen3_sft.data.formats import parse_row
 from qwen3_sft.data.raw_rows import RawRow
+from qwen3_sft.data.rows.defects import BAD_ROW, MOST_LISTED
 from qwen3_sft.data.tally import Tally
 from qwen3_sft.errors import DataError
 
@@ -50,6 +51,7 @@ class TokenizeOptions:
     train_on: Literal["assistant", "last_assistant", "all"]
     thinking: Literal["split_turns", "drop_history", "keep"]
     train_empty_think: bool
+    on_bad_row: Literal["error", "drop"] = "error"
 
 
 @dataclass(slots=True)
@@ -59,6 +61,7 @@ class Counts:
     rows_in: int = 0
     rows_used: int = 0
     rows_dropped: Tally = field(default_factory=Tally)
+    dropped: list[tuple[str, str]] = field(default_factory=list)  # location, reason
     samples_in: int = 0
     samples_truncated: int = 0
     samples_dropped: Tally = field(default_factory=Tally)
@@ -70,8 +73,15 @@ class Counts:
     warnings: Tally = field(default_factory=Tally)
     longest: list[tuple[int, str]] = field(default_factory=list)
 
+    def drop(self, kind: str, location: str, reason: str | None = None) -> None:
+        """Count a row that is left out, and list it."""
+        self.rows_dropped.add(kind, location)
+        if len(self.dropped) < MOST_LISTED:
+            self.dropped.append((location, reason or kind))
+
     def merge(self, later: Counts) -> None:
         """Add the counts of rows that come after these."""
+        self.dropped = (self.dropped + later.dropped)[:MOST_LISTED]
         for name in ("rows_dropped", "samples_dropped", "warnings"):
             getattr(self, name).merge(getattr(later, name))
         self.longest = heapq.nlargest(NUM_LONGEST, self.longest + later.longest)
@@ -117,7 +127,7 @@ class RowTokenizer:
             DataError: for a row that cannot be trained on, or is too long with overlong="error".
         """
         counts = Counts(rows_in=len(rows))
-        made = [(row, rendered) for row in rows for rendered in self._render(row, counts)]
+        made = [(row, rendered) for row in rows for rendered in self._render_or_drop(row, counts)]
         encoded = iter(self.encoder.encode_batch([r for _, r in made if not isinstance(r, Tokens)]))
         used: list[TokenizedSample] = []
         lost: dict[int, str] = {}
@@ -136,21 +146,28 @@ class RowTokenizer:
         _count_rows(rows, used, lost, counts)
         return TokenizedRows(used, counts)
 
+    def _render_or_drop(self, row: RawRow, counts: Counts) -> list[Rendered | Tokens]:
+        """Return the samples of a row, none of one with a defect where those are dropped."""
+        try:
+            if row.problem is not None:
+                raise DataError(row.problem)
+            return self._render(row, counts)
+        except DataError as error:
+            if self.options.on_bad_row == "error":
+                raise
+            counts.drop(BAD_ROW, row.location, str(error).removeprefix(f"{row.location}: "))
+            return []
+
     def _render(self, row: RawRow, counts: Counts) -> list[Rendered | Tokens]:
         """Return the samples of a row, before they become tokens."""
         warnings: Counter[str] = Counter()
         vocab_size = self.options.vocab_size
         sample = parse_row(
-            row.content,
-            row.fmt,
-            row.location,
-            warnings,
-            vocab_size=vocab_size,
-            drop_nulls=row.is_table,
+            row.content, row.fmt, row.location, warnings, vocab_size=vocab_size, reading=row.reading
         )
         rendered: list[Rendered | Tokens] = []
         if isinstance(sample, Dropped):
-            counts.rows_dropped.add(sample.reason, row.location)
+            counts.drop(sample.reason, row.location)
         elif isinstance(sample, Tokens):
             rendered.append(sample)
         elif isinstance(sample, PlainText):
@@ -215,7 +232,7 @@ def _count_rows(
     counts.rows_used = len(used_rows)
     for row in rows:
         if row.number in lost and row.number not in used_rows:
-            counts.rows_dropped.add(lost[row.number], row.location)
+            counts.drop(lost[row.number], row.location)
 
 
 def tokenize_chunks(

@@ -7,113 +7,100 @@ trained on is an error with the place in the row; what is only odd is counted an
 
 from __future__ import annotations
 
-import json
-import re
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, NoReturn, cast
+from typing import Any
 
-from qwen3_sft.chat.samples import Message, Role, Source, ToolCall
+from qwen3_sft.chat.samples import Message, Role, ToolCall
+from qwen3_sft.chat.templates import TOOL_CALL
+from qwen3_sft.data.rows.answers import parse_answer, parse_call_turn
+from qwen3_sft.data.rows.calls import Tools, parse_tool_calls, parse_tools
+from qwen3_sft.data.rows.content import Content, read_content, result_text
+from qwen3_sft.data.rows.fields import account
+from qwen3_sft.data.rows.loss_flags import MESSAGE_FLAGS, message_flag
+from qwen3_sft.data.rows.reasoning import REASONING_FIELDS
+from qwen3_sft.data.rows.source import Source
+from qwen3_sft.data.rows.values import describe, load_json, warn_control_text
+from qwen3_sft.data.rows.written_calls import split_responses
 
-# The right column is what chat templates know. "function" is OpenAI's older name of "tool"; the
-# last four are ShareGPT's.
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "human": "user",
-    "gpt": "assistant",
-    "observation": "tool",
-    "function_call": "assistant",
-}
-_KNOWN_KEYS = frozenset(
-    {"role", "content", "from", "value", "tool_calls", "reasoning_content"}
-    | {"name", "tool_call_id", "id"}  # for the serving side, no template shows them
+# What a data set may call a role, in lower case, by what chat templates call it.
+_NAMES: dict[Role, tuple[str, ...]] = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "ai", "claude"),
+    "tool": (
+        "tool", "function", "observation", "ipython", "tool_response", "tool_result", "tool_results",
+        "function_response", "tool_output",
+    ),
+}  # fmt: skip
+_ROLES: dict[str, Role] = {name: role for role, names in _NAMES.items() for name in names}
+_CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # an assistant's turn that is a call
+# A turn of several: {"user": question, "assistant": answer}; xtuner's input and output.
+_PAIRED: dict[str, Role] = {**_ROLES, "input": "user", "output": "assistant"}
+_ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
+_HANDLED = frozenset(
+    {*_ROLE_KEYS, *_CONTENT_KEYS, "tool_calls", "function_call", "tools", "functions"}
+    | MESSAGE_FLAGS
+    | REASONING_FIELDS
 )
-_CONTROL_TEXT = re.compile(r"<\|[a-z_]+\|>|</?(?:tool_call|tool_response|think)>")
 
 
-def check_text(text: str, where: str, source: Source) -> str:
-    """Return `text`; raise on what no tokenizer can encode, count what is suspicious."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            source.fail(
-                f"{where} has a lone surrogate {text[error.start]!a} at character {error.start}; "
-                "it is half of an emoji or broken text: repair or remove it"
-            )
-    if "\0" in text:
-        source.warn("NUL character")
-    return text
+@dataclass(slots=True)
+class Turns:
+    """The messages of one list, as they are read.
+
+    Attributes:
+        messages: in order; a result or a call may share its message in the row with others.
+        origins: of each, the index in the row's list.
+        flags: of each, whether it is learned; None where it does not say.
+        tools: described in messages, with the place.
+        count: messages in the row's list.
+    """
+
+    messages: list[Message] = field(default_factory=list)
+    origins: list[int] = field(default_factory=list)
+    flags: list[bool | None] = field(default_factory=list)
+    tools: list[tuple[str, Tools]] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, message: Message, origin: int, flag: bool | None = None) -> None:
+        """Append a message."""
+        self.messages.append(message)
+        self.origins.append(origin)
+        self.flags.append(flag)
+
+    def extend(self, later: Turns) -> None:
+        """Append the turns of another list."""
+        self.messages += later.messages
+        self.origins += [origin + self.count for origin in later.origins]
+        self.flags += later.flags
+        self.tools += later.tools
+        self.count += later.count
 
 
-def warn_control_text(text: str, source: Source) -> None:
-    """Count text that spells a control token: it is encoded as plain text."""
-    if "<" in text and _CONTROL_TEXT.search(text):
-        source.warn("control-token text kept as plain text")
-
-
-def load_json(text: str, where: str, source: Source) -> Any:
-    """Parse a JSON string found inside a row."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except ValueError as error:
-        source.fail(f"{where} is not valid JSON ({error}): {text[:80]!r}")
-
-
-def clean_json(value: Any, where: str, source: Source) -> Any:
-    """Check that a nested value can be written as JSON; leave out nulls where they mean absent."""
-    if source.drop_nulls:
-        value = _without_nulls(value)
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        source.fail(f"{where} cannot be written as JSON: {error}")
-    check_text(text, where, source)
-    return value
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def parse_turns(value: Any, column: str, source: Source) -> tuple[Message, ...]:
+def parse_turns(value: Any, column: str, source: Source, tools: Tools = ()) -> Turns:
     """Parse a list of message dicts.
 
     Args:
-        value: what the column holds.
+        value: what the column holds; a string is JSON.
         column: its name, for error messages.
         source: the row's location and counters.
+        tools: that the row describes.
 
     Raises:
         DataError: for a value that is no list of messages, an unknown role, missing content.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = load_json(value, f"column {column!r}", source)
     if not isinstance(value, list | tuple):
         source.fail(
             f"column {column!r} must be a list of messages, found {describe(value)}; "
             'write [{"role": "user", "content": "..."}, ...]'
         )
-    return tuple(
-        _parse_turn(turn, f"{column}[{index}]", source) for index, turn in enumerate(value)
-    )
-
-
-def describe(value: Any) -> str:
-    """Name a value in an error message: its type, and its beginning."""
-    if value is None:
-        return "null"
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    turns = Turns(count=len(value))
+    for index, turn in enumerate(value):
+        _parse_turn(turns, turn, index, f"{column}[{index}]", source, tools)
+    return turns
 
 
 def check_order(messages: tuple[Message, ...], source: Source) -> None:
@@ -135,137 +122,137 @@ def check_order(messages: tuple[Message, ...], source: Source) -> None:
         source.warnings.update({f"two {role} turns in a row": repeats} if repeats else {})
 
 
-def _parse_turn(turn: Any, where: str, source: Source) -> Message:
+def _parse_turn(
+    turns: Turns, turn: Any, index: int, where: str, source: Source, tools: Tools
+) -> None:
     if not isinstance(turn, dict):
         source.fail(f"{where} must be a message, found {describe(turn)}")
-    present = {key: value for key, value in turn.items() if value is not None}
-    for key in present.keys() - _KNOWN_KEYS:
-        source.warn(f"message key {key!r} ignored")
-    name, content = _role_and_content(present, where, source)
-    if not isinstance(name, str) or name not in _ROLES:
+    fields = source.kept(turn, "message.")
+    if not any(key in fields for key in _ROLE_KEYS) and _is_pair(fields):
+        for name, text in fields.items():
+            paired = {"role": _PAIRED[name.lower()], "content": text}
+            _parse_turn(turns, paired, index, f"{where} {name}", source, tools)
+        return
+    name, content = _role_and_content(fields, where, source)
+    account(fields, _HANDLED, where, "message.", source)
+    flag = message_flag(fields, where, source)
+    for key in ("tools", "functions"):
+        if fields.get(key):
+            turns.tools.append(
+                (f"{where} {key}", parse_tools(fields[key], f"{where}.{key}", source))
+            )
+    role = "assistant" if name in _CALL_ROLES else _ROLES.get(name)
+    if role is None:
         source.fail(
-            f"{where} has role {name!r}; accepted are system, user, assistant, tool "
-            "(ShareGPT: human, gpt, observation, function_call)"
+            f"{where} has role {fields.get('role', fields.get('from'))!r}; accepted are system, "
+            "user, assistant, tool (ShareGPT: human, gpt, observation, function_call)"
         )
-    role = _ROLES[name]
-    if name == "function_call":
-        return Message(role, "", None, parse_tool_calls(content, where, source))
-    if role == "assistant":
-        return parse_answer(
-            content,
-            where,
-            source,
-            reasoning=present.get("reasoning_content"),
-            tool_calls=parse_tool_calls(present.get("tool_calls"), where, source),
+    if flag and role != "assistant":
+        source.fail(
+            f"{where} is a {role} message that asks for labels, and only answers are learned; "
+            "remove the flag, or set --train_on all to learn every token"
         )
-    if present.get("tool_calls"):
+    if name in _CALL_ROLES:
+        _add_call_turn(turns, fields, content, index, flag, where, source, tools)
+    elif role == "assistant":
+        _add_answer(turns, fields, content, index, flag, where, source, tools)
+    else:
+        _refuse_answers_fields(fields, role, where, source)
+        _add_context(turns, role, content, index, where, source)
+
+
+def _is_pair(fields: dict[str, Any]) -> bool:
+    names = [name.lower() for name in fields if isinstance(name, str)]
+    return len(names) > 1 and all(name in _PAIRED for name in names)
+
+
+def _role_and_content(fields: dict[str, Any], where: str, source: Source) -> tuple[Any, Any]:
+    roles = [key for key in _ROLE_KEYS if key in fields]
+    contents = [key for key in _CONTENT_KEYS if key in fields]
+    if len(roles) != 1 or len(contents) > 1:
+        source.fail(
+            f"{where} needs either role and content or from and value, found keys {sorted(fields)}"
+        )
+    name = fields[roles[0]]
+    return (
+        name.strip().lower() if isinstance(name, str) else None,
+        fields[contents[0]] if contents else None,
+    )
+
+
+def _refuse_answers_fields(fields: dict[str, Any], role: str, where: str, source: Source) -> None:
+    if fields.get("tool_calls") or fields.get("function_call"):
         source.fail(f"{where} is a {role} message with tool_calls; only an assistant calls tools")
-    text = join_parts(content, f"{where} content", source)
-    warn_control_text(text, source)
-    if role == "user" and not text.strip():
+    if given := [key for key in REASONING_FIELDS if fields.get(key)]:
+        source.fail(f"{where} is a {role} message with {given[0]}; only an assistant reasons")
+
+
+def _add_answer(
+    turns: Turns, fields: dict[str, Any], content: Any, index: int, flag: bool | None, where: str,
+    source: Source, tools: Tools,
+) -> None:  # fmt: skip
+    read = Content() if content is None else read_content(content, f"{where} content", source)
+    for what in ("results", "tools"):
+        if getattr(read, what):
+            source.fail(f"{where} is an assistant message with a part for {what}")
+    calls = _calls(fields, where, source)
+    if calls and read.calls:
+        source.fail(f"{where} has calls in its parts and in tool_calls; keep one")
+    message = parse_answer(read, fields, where, source, calls=calls or read.calls, tools=tools)
+    turns.add(message, index, flag)
+
+
+def _calls(fields: dict[str, Any], where: str, source: Source) -> tuple[ToolCall, ...]:
+    calls = parse_tool_calls(fields.get("tool_calls"), where, source)
+    legacy = parse_tool_calls(fields.get("function_call"), where, source)
+    if calls and legacy and calls != legacy:
+        source.fail(f"{where} has tool_calls and function_call, which differ; keep one")
+    return calls or legacy
+
+
+def _add_call_turn(
+    turns: Turns, fields: dict[str, Any], content: Any, index: int, flag: bool | None, where: str,
+    source: Source, tools: Tools,
+) -> None:  # fmt: skip
+    """Add a turn that is a call; it ends the answer that stands before it, if there is one."""
+    content = fields.get("tool_calls", fields.get("function_call")) if content is None else content
+    message = parse_call_turn(content, fields, where, source, tools=tools)
+    before = turns.messages[-1] if turns.messages else None
+    if before is None or before.role != "assistant" or message.reasoning or message.content:
+        turns.add(message, index, flag)
+        return
+    if flag is not None and flag != turns.flags[-1]:
+        source.fail(
+            f"{where} ends the answer before it, whose loss flag differs; give both one flag"
+        )
+    turns.messages[-1] = replace(before, tool_calls=before.tool_calls + message.tool_calls)
+
+
+def _add_context(
+    turns: Turns, role: Role, content: Any, index: int, where: str, source: Source
+) -> None:
+    """Add what the model reads: a question, a system prompt, results of tools."""
+    if role == "tool":
+        text = result_text(content, f"{where} content", source)
+        for result in split_responses(text, f"{where} content", source):
+            warn_control_text(result, source)
+            turns.add(Message("tool", result), index)
+        return
+    read = read_content(content, f"{where} content", source)
+    if read.calls or read.reasoning:
+        source.fail(
+            f"{where} is a {role} message with a call or reasoning, which only answers have"
+        )
+    for result in read.results:
+        turns.add(Message("tool", result), index)
+    if read.tools:
+        turns.tools.append((f"{where} content", read.tools))
+    if (read.results or read.tools) and not read.text:
+        return
+    if role == "system" and TOOL_CALL in read.text:
+        source.warn("tools described in the text of a system message")
+    else:
+        warn_control_text(read.text, source)
+    if role == "user" and not read.text.strip():
         source.warn("empty user turn")
-    return Message(role, text)
-
-
-def _role_and_content(turn: dict[str, Any], where: str, source: Source) -> tuple[Any, Any]:
-    openai, sharegpt = "role" in turn, "from" in turn
-    if openai == sharegpt:
-        source.fail(
-            f"{where} needs either role and content or from and value, found keys {sorted(turn)}"
-        )
-    keys = ("role", "content") if openai else ("from", "value")
-    return turn[keys[0]], turn.get(keys[1])
-
-
-def join_parts(content: Any, where: str, source: Source) -> str:
-    """Return the text of a content: a string, or a list of text parts written one after another."""
-    if isinstance(content, str):
-        return check_text(content, where, source)
-    if not isinstance(content, list):
-        source.fail(f"{where} must be a string, found {describe(content)}")
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else describe(part)
-            source.fail(f"{where} has a part of type {kind!r}, but this is a text model")
-        if not isinstance(part.get("text"), str):
-            source.fail(f"{where} has a text part without text")
-    return check_text("".join(part["text"] for part in content), where, source)
-
-
-def parse_answer(
-    content: Any,
-    where: str,
-    source: Source,
-    *,
-    reasoning: Any = None,
-    tool_calls: tuple[ToolCall, ...] = (),
-) -> Message:
-    """Parse what an assistant says; a leading think block becomes its reasoning.
-
-    Raises:
-        DataError: for an answer with nothing to learn, or reasoning that is not clear-cut.
-    """
-    text = "" if content is None and tool_calls else join_parts(content, f"{where} content", source)
-    inline, text = split_think(text, where, source)
-    if reasoning is not None and not isinstance(reasoning, str):
-        source.fail(f"{where} reasoning_content must be a string, found {describe(reasoning)}")
-    if inline is not None and reasoning:
-        source.fail(f"{where} has reasoning_content and a <think> block in its content; keep one")
-    thought = check_text(inline or reasoning or "", f"{where} reasoning_content", source)
-    if not text.strip() and not tool_calls:
-        source.fail(f"{where} is an assistant turn with empty content; remove the row or the turn")
-    if "<tool_call>" in text:
-        source.warn("<tool_call> in an answer is plain text, use tool_calls")
-    warn_control_text(text, source)
-    return Message("assistant", text, thought if thought.strip() else None, tool_calls)
-
-
-def split_think(text: str, where: str, source: Source) -> tuple[str | None, str]:
-    """Split a leading ``<think>...</think>`` off an answer: (reasoning or None, answer).
-
-    Raises:
-        DataError: for a block that is not closed, and for a second block.
-    """
-    if text.count("<think>") > 1 and text.count("</think>") > 1:
-        source.fail(f"{where} has two <think> blocks; an answer has at most one, at its start")
-    if not text.lstrip().startswith("<think>"):
-        if "</think>" in text:
-            source.warn("</think> inside an answer kept as text")
-        return None, text
-    body, closed, answer = text.lstrip().removeprefix("<think>").partition("</think>")
-    if not closed or "<think>" in body:
-        source.fail(f"{where} opens <think> without closing it; add </think> after the reasoning")
-    if "</think>" in answer:
-        source.warn("</think> inside an answer kept as text")
-    return body.strip("\n"), answer.lstrip("\n")
-
-
-def parse_tool_calls(value: Any, where: str, source: Source) -> tuple[ToolCall, ...]:
-    """Parse calls in OpenAI's nested or the flat form; a string is JSON, one dict is one call."""
-    if isinstance(value, str):
-        value = load_json(value, f"{where} tool_calls", source)
-    calls = [value] if isinstance(value, dict) else value or []
-    if not isinstance(calls, list):
-        source.fail(f"{where} tool_calls must be a list, found {describe(value)}")
-    return tuple(_parse_tool_call(call, where, source) for call in calls)
-
-
-def _parse_tool_call(call: Any, where: str, source: Source) -> ToolCall:
-    function = (call.get("function") or call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        source.fail(
-            f"{where} has a tool call without a function name: {describe(call)}; "
-            'write {"type": "function", "function": {"name": ..., "arguments": {...}}}'
-        )
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        arguments = load_json(arguments, f"{where} arguments of {function['name']}", source)
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, dict):
-        source.fail(
-            f"{where} arguments of {function['name']} must be an object, found "
-            f"{describe(arguments)}"
-        )
-    name = check_text(function["name"], f"{where} function name", source)
-    return ToolCall(name, cast(dict[str, Any], clean_json(arguments, where, source)))
+    turns.add(Message(role, read.text), index)

@@ -18,7 +18,8 @@ OPTIONS: dict[Meaning, tuple[str, ...]] = {
     # Which tokens a step trains. Checkpoints hold hashes of what these name.
     "data": (
         "dataset", "dataset_format", "dataset_split", "dataset_config", "dataset_revision",
-        "streaming", "max_rows", "overlong", "train_on", "thinking", "train_empty_think",
+        "streaming", "max_rows", "columns", "ignore_columns", "on_bad_row", "txt_rows", "overlong",
+        "train_on", "thinking", "train_empty_think",
         "chat_format", "max_length", "packing", "eval_fraction", "seed", "global_batch_size",
         "per_device_train_batch_size", "gradient_accumulation_steps",
     ),

@@ -15,8 +15,39 @@ class DataArguments:
         metadata={"help": "files, folders or hub ids; `demo` is the built-in data"},
     )
     dataset_format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "question_answer",
+        "prompt_completion",
+        "text",
+        "tokens",
     ] = field(default="auto", metadata={"help": "auto reads it off the columns of each file"})
+    columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "what the formats' columns are called here, as KNOWN=NAME: prompt=question "
+            "completion=answer; for a key of messages message.content=NAME"
+        },
+    )
+    ignore_columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "fields of which nothing is learned: a column, message.NAME, part.NAME, "
+            "call.NAME"
+        },
+    )
+    on_bad_row: Literal["error", "drop"] = field(
+        default="error",
+        metadata={
+            "help": "a row with a defect: stop, or leave it out, count it and list it in "
+            "data_report.json, as far as max_drop_fraction allows"
+        },
+    )
+    txt_rows: Literal["file", "paragraph", "line"] | None = field(
+        default=None, metadata={"help": "what one text is in a .txt file, which does not say it"}
+    )
     dataset_split: str = field(default="train", metadata={"help": "split of a hub dataset"})
     dataset_config: str | None = field(
         default=None, metadata={"help": "configuration name of a hub dataset"}

@@ -1,0 +1,124 @@
+"""Every field that data sets carry, by what it means to training: the table behind a refusal.
+
+A field is data of its format, honoured, metadata, or refused by the name of what it is. Nothing else
+passes, unless `--ignore_columns` names it. The names are those of the formats that axolotl,
+LLaMA-Factory, ms-swift, NeMo, OpenRLHF, torchtune, TRL, verl and the fine-tuning services read, and
+of the columns of public data sets on the hub.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from qwen3_sft.data.rows.source import Source
+
+# Facts about a row, a message, a part or a call that no chat template shows to a model.
+_METADATA = re.compile(
+    r"|unnamed: \d+|__index_level_\d+__"
+    r"|(?:.*_)?(?:ids?|uid|uuid|guid|idx|index|hash|sha\d*|md5|urls?|uri|link|timestamps?|date|time"
+    r"|datetime|created|created_at|updated_at|sources?|license|scores?|ratings?|tokens|n_tokens"
+    r"|num_tokens|token_count|length|num_turns|language|lang|difficulty|categor(?:y|ies)|tags?)"
+    r"|metadata|meta|info|extra_info|extra|stats|annotations?|annotators?|version|revision|split"
+    r"|subset|config|dataset|dataset_name|datasource|origin|provider|author|user_name|keywords?"
+    r"|topics?|domains?|field|subcategory|task|task_type|type|problem_type|question_type|ability"
+    r"|level|grade|subjects?|format|locale|country|state|quality|toxicity|toxic|redacted|moderation"
+    r"|openai_moderation|detoxify_moderation|perplexity|ppl|model|model_name|generator|created_by"
+    r"|usage|finish_reason|stop_reason|logprobs|refusal_score|num_samples|n_turns|turn|turns|rank"
+    r"|hashed_ip|header|cache_control|signature|citations|object|service_tier|system_fingerprint"
+    # What a request asked the server for; it is not part of the text.
+    r"|temperature|top_p|top_k|min_p|max_tokens|max_completion_tokens|n|seed|stop|stream|store"
+    r"|presence_penalty|frequency_penalty|parallel_tool_calls|tool_choice|response_format"
+    r"|method|name|tool_name|user|is_error|status|end_turn"
+)
+_PLACES_OF_NAME = ("message.", "part.", "call.")  # at a row, `name` and the like may be data
+_NOT_AT_ROWS = frozenset({"name", "tool_name", "user", "status", "turns", "turn", "field", "state"})
+
+_PREFERENCE = (
+    "a preference between answers (DPO, ORPO, reward models), and this trains on answers alone; keep "
+    "the better one, for instance with --columns completion=chosen --ignore_columns rejected"
+)
+_VISION = "media, and a text model sees none; take a text data set or remove these rows"
+_RL = (
+    "a prompt with what a reward is computed from (RL), and this trains on answers; write the answer "
+    "to learn as an assistant's turn, and name the rest in --ignore_columns"
+)
+_KTO = (
+    "a judgement whether the answer is good (KTO) or a class, and every answer here is learned; keep "
+    "the good rows and remove the column, or name it in --ignore_columns"
+)
+_SEVERAL = (
+    "several answers to one prompt, and one is learned; write it as the answer, and name the rest in "
+    "--ignore_columns"
+)
+_STYLE = "an instruction to a chat template that Qwen's does not have; name it in --ignore_columns"
+
+_REFUSED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(names), what)
+    for names, what in (
+        (r"(?:chosen|rejected|preferred|non_preferred|dispreferred)(?:_.*)?|.*_(?:chosen|rejected)"
+         r"|margin|winner|response_[ab01]|answer_[ab01]|better|safer_response_id", _PREFERENCE),
+        (r"(?:images?|videos?|audios?|pixel_values|objects|bbox|bboxes|image_grid_thw)(?:_.*)?"
+         r"|input_audio|attachments?|media", _VISION),
+        (r"reward_model|ground_truths?|rewards?|reward_.*|verifiers?|test_cases|rubrics?", _RL),
+        (r"labels?|kto_tag|desirable|is_good|feedback", _KTO),
+        (r"completions|responses|generations|candidates|answers|choices|outputs", _SEVERAL),
+        (r"documents|channel|recipient|prefix|partial|chat_template|continue_final_message"
+         r"|eot|response_schema", _STYLE),
+        (r"training_detail|train_detail|loss_spans?|spans", "a mask of characters inside an answer, "
+         "and an answer is learned as a whole; split the turn, or name it in --ignore_columns"),
+        (r"seq_lengths?|seqlens|cu_seqlens", "several documents in one row; give each its own row"),
+    )
+)  # fmt: skip
+
+
+@lru_cache(4096)
+def _meaning(name: str, prefix: str) -> str | None:
+    """Return "" for metadata, what it is for a field that is refused, None for an unknown one."""
+    plain = name.strip().lower()
+    for names, what in _REFUSED:
+        if names.fullmatch(plain):
+            return what
+    is_metadata = _METADATA.fullmatch(plain) and (prefix or plain not in _NOT_AT_ROWS)
+    return "" if is_metadata else None
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a value holds nothing: null, or an empty text, list or object."""
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
+
+
+def account(
+    fields: Mapping[str, Any], handled: Iterable[str], where: str, prefix: str, source: Source
+) -> None:
+    """Raise for a field that is neither handled nor metadata.
+
+    Args:
+        fields: of a row, a message, a part or a call, without nulls and ignored ones.
+        handled: names that are data or honoured.
+        where: the place in the row, for the error; "" for the row itself.
+        prefix: what `--ignore_columns` writes before a name of these fields.
+        source: the row's location.
+
+    Raises:
+        DataError: names every such field, what it is, and what to do.
+    """
+    unknown = []
+    for name in fields.keys() - set(handled):
+        meaning = _meaning(name, prefix) if isinstance(name, str) else None
+        if meaning == "" or is_blank(fields[name]):
+            continue
+        if meaning:
+            place = f"{where} has {name!r}" if where else f"column {name!r}"
+            source.fail(f"{place}{': this' if where else ''} is {meaning}")
+        unknown.append(str(name))
+    if unknown:
+        listed = " ".join(prefix + name for name in sorted(unknown))
+        holder = f"{where} has" if where else "the row has"
+        source.fail(
+            f"{holder} {'a field' if len(unknown) == 1 else 'fields'} of unknown meaning: {listed}; "
+            f"if nothing is to be learned from it, set --ignore_columns {listed}, else say what it is "
+            "with --columns KNOWN=NAME"
+        )

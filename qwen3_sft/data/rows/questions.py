@@ -1,0 +1,120 @@
+"""A question and its answer in columns of their own become a conversation: Alpaca and its kin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qwen3_sft.chat.samples import Conversation, Dropped, Message
+from qwen3_sft.data.rows.answers import parse_answer
+from qwen3_sft.data.rows.content import join_parts
+from qwen3_sft.data.rows.conversations import make_conversation, parse_tool_columns
+from qwen3_sft.data.rows.reasoning import REASONING_KEYS
+from qwen3_sft.data.rows.source import Source
+from qwen3_sft.data.rows.values import describe, load_json, warn_control_text
+from qwen3_sft.data.turns import Turns, parse_turns
+
+ALPACA = (("instruction", "output"), ("instruction", "response"))
+PAIRS = (
+    ("query", "response"), ("question", "answer"), ("question", "response"), ("prompt", "response"),
+    ("input", "output"), ("user", "assistant"), ("human", "assistant"), ("instruction", "answer"),
+    ("instruction", "completion"),
+)  # fmt: skip
+
+
+def parse_alpaca(
+    given: Mapping[str, Any], row: dict[str, Any], source: Source
+) -> Conversation | Dropped:
+    """Parse instruction, input or context, output or response, and earlier rounds.
+
+    Raises:
+        DataError: for a row that cannot be trained on.
+    """
+    answer = next(kind[1] for kind in ALPACA if kind[1] in given)
+    columns = ["instruction", answer]
+    more = [name for name in ("input", "context") if row.get(name)]
+    if len(more) > 1:
+        source.fail("the row has input and context beside its instruction; keep one")
+    return _parse_question(given, row, columns, more, source)
+
+
+def parse_pair(
+    given: Mapping[str, Any], row: dict[str, Any], source: Source
+) -> Conversation | Dropped:
+    """Parse a question and an answer under any of the names of `PAIRS`.
+
+    Raises:
+        DataError: for a row that cannot be trained on.
+    """
+    fitting = [kind for kind in PAIRS if all(name in given for name in kind)]
+    present = [kind for kind in fitting if all(name in row for name in kind)] or fitting
+    if len(present) > 1:
+        named = " and ".join("+".join(kind) for kind in present)
+        source.fail(f"columns {named} could each be the data; name the others in --ignore_columns")
+    return _parse_question(given, row, list(present[0]), [], source)
+
+
+def _parse_question(
+    given: Mapping[str, Any],
+    row: dict[str, Any],
+    columns: list[str],
+    more: list[str],
+    source: Source,
+) -> Conversation | Dropped:
+    ask, answer = columns
+    if isinstance(given[ask], list) and _is_turns(given[ask]):
+        turns = parse_turns(given[ask], ask, source)
+    else:
+        turns = _parse_history(row.get("history"), source)
+        asked = [given[ask], *(row[name] for name in more)]
+        what = " or ".join([ask, *more])
+        question = "\n".join(join_parts(part, what, source) for part in asked if part != "")
+        warn_control_text(question, source)
+        if not question.strip():
+            source.warn("empty user turn")
+        turns.add(Message("user", question), turns.count)
+    row = _with_mode(row)
+    described = parse_tool_columns(row, source)
+    tools = described[0][1] if described else ()
+    message = parse_answer(row.get(answer), row, answer, source, tools=tools)
+    turns.add(message, turns.count + 1)
+    turns.count += 2
+    handled = {*columns, *more, "input", "context", "history", *REASONING_KEYS}
+    if not more and "context" in row:
+        handled.discard("context")
+    return make_conversation(row, turns, handled, source)
+
+
+def _is_turns(value: list[Any]) -> bool:
+    return any(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
+
+
+def _with_mode(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row with `reasoning: on` read as what it is, a switch and no reasoning."""
+    switched = {
+        name: row[name] for name in REASONING_KEYS
+        if isinstance(row.get(name), bool) or str(row.get(name)).strip().lower() in ("on", "off")
+    }  # fmt: skip
+    if not switched:
+        return row
+    kept = {name: value for name, value in row.items() if name not in switched}
+    return {**kept, **{"enable_thinking": value for value in switched.values()}}
+
+
+def _parse_history(history: Any, source: Source) -> Turns:
+    """Parse earlier rounds: a list of [question, answer], or of messages."""
+    if isinstance(history, str) and history.strip():
+        history = load_json(history, "column 'history'", source)
+    if not isinstance(history or [], list | tuple):
+        source.fail(f"column 'history' must be a list of pairs, found {describe(history)}")
+    if history and _is_turns(list(history)):
+        return parse_turns(history, "history", source)
+    turns = Turns()
+    for index, pair in enumerate(history or []):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            source.fail(f"history[{index}] must be [question, answer], found {describe(pair)}")
+        question = join_parts(pair[0], f"history[{index}][0]", source)
+        turns.add(Message("user", question), turns.count)
+        turns.add(parse_answer(pair[1], {}, f"history[{index}][1]", source), turns.count + 1)
+        turns.count += 2
+    return turns
