@@ -14,12 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 import monkey_patch
 from qwen3_sft.build import Tokens, build_trainer
-from qwen3_sft.checkpoints.resume import (
-    agree_on_checkpoint,
-    check_allowed,
-    check_resume,
-    run_identity,
-)
+from qwen3_sft.checkpoints.resume import agree_on_checkpoint, run_identity
 from qwen3_sft.data.prepare import prepare
 from qwen3_sft.decisions import Decisions, Machine, decide, with_plan
 from qwen3_sft.demo.build import resolve_demo
@@ -30,22 +25,23 @@ from qwen3_sft.dry_run import dry_run
 from qwen3_sft.errors import DONE, INTERRUPTED, Interrupted, exit_code_of
 from qwen3_sft.export.card import model_card
 from qwen3_sft.export.export import export_model
-from qwen3_sft.export.upload import check_token, upload_model
+from qwen3_sft.export.upload import upload_model
 from qwen3_sft.hardware import device_info
 from qwen3_sft.model.base import checked_base
+from qwen3_sft.model.fingerprint import model_fingerprint
 from qwen3_sft.model.loading import load_model, resolve_model
 from qwen3_sft.model.patches import FP8_PATCHES
 from qwen3_sft.options.batch import rows_per_step
+from qwen3_sft.options.changes import comparable
 from qwen3_sft.options.data_args import DataArguments
 from qwen3_sft.options.draft import TrainDraft
 from qwen3_sft.options.recipe import Options, help_text, parse_options
 from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.plan.advice import MemorySettings
 from qwen3_sft.records.folder_lock import claimed
-from qwen3_sft.records.overlap import refuse_run_over_source
-from qwen3_sft.records.ownership import refuse_foreign_run
 from qwen3_sft.records.run_folder import RunFolder, versions
-from qwen3_sft.training.arguments import check_machine, final_arguments
+from qwen3_sft.start_checks import check_start
+from qwen3_sft.training.arguments import final_arguments
 from qwen3_sft.training.callbacks import TellStep
 from qwen3_sft.training.out_of_memory import naming
 from qwen3_sft.training.summary import describe_summary, write_summary
@@ -78,16 +74,9 @@ def run(options: Options, peers: PeerWatch) -> int:
     That is 75 where a signal has interrupted training, which is then saved.
     """
     folder = RunFolder(options.output_dir)
-    if os.environ.get("RANK", "0") == "0":  # it may have begun to write by the time others look
-        refuse_run_over_source(options)
-        refuse_foreign_run(folder.path)
-    if summary := folder.summary():
+    if summary := check_start(folder, options):
         logger.info("%s", describe_summary(folder, summary))
         return DONE
-    check_resume(folder, options.train.resume)
-    check_allowed(options.train.allow_change)
-    check_machine(options.train)
-    check_token(options.train)
     with claimed(folder):
         return _run_in(folder, options, peers)
 
@@ -106,17 +95,18 @@ def _run_in(folder: RunFolder, options: Options, peers: PeerWatch) -> int:
     # GPUs may differ, what layers do must not.
     decisions = with_plan(decisions, on_first_rank(lambda: decisions.plan))
     args = final_arguments(decisions.options, decisions.engine)
-    decisions = _with_checkpoint(decisions, folder, args, data, tokens)
+    decisions = _with_checkpoint(decisions, folder, args, base, tokens)
     model, patches = _load(base, decisions, args)
     trainer = build_trainer(decisions, args, model, tokens, folder)
     trainer.add_callback(TellStep(peers))
     if trainer.is_world_process_zero():
+        folder.reopen()
         _write_records(folder, decisions, trainer, patches)
         tokens.write_reports(folder.write_json)
     is_whole = _train(trainer, decisions.checkpoint)
     if is_whole and args.stop_after_steps is None:
         with patches.paused(*FP8_PATCHES):  # whoever loads the model will compute without
-            _finish(trainer, decisions.options, base, folder)
+            _finish(trainer, options, decisions.options, base, folder)
     is_first = trainer.is_world_process_zero()
     peers.leave()
     leave_process_group()
@@ -150,12 +140,14 @@ def _join(train: TrainDraft, peers: PeerWatch) -> None:
 
 
 def _with_checkpoint(
-    decisions: Decisions, folder: RunFolder, args: TrainArguments, data: DataArguments,
-    tokens: Tokens,
-) -> Decisions:  # fmt: skip
+    decisions: Decisions, folder: RunFolder, args: TrainArguments, base: Path, tokens: Tokens
+) -> Decisions:
     """Decide what the run goes on from, now that its data is known and its processes have met."""
-    fingerprints = tokens.train.report["fingerprints"]
-    identity = run_identity(args, data, fingerprints, rows_per_step(args))
+    identity = run_identity(
+        decisions.options, tokens.train.report["fingerprints"],
+        on_first_rank(lambda: model_fingerprint(base)),
+        str(decisions.weights).removeprefix("torch."), rows_per_step(args),
+    )  # fmt: skip
     checkpoint = agree_on_checkpoint(folder, args, decisions.engine, identity)
     return replace(decisions, identity=identity, checkpoint=checkpoint)
 
@@ -211,14 +203,17 @@ def _write_records(
     )
 
 
-def _finish(trainer: SftTrainer, options: Options, base: Path, folder: RunFolder) -> None:
+def _finish(
+    trainer: SftTrainer, asked: Options, used: Options, base: Path, folder: RunFolder
+) -> None:
     """Export the model, say what happened, and mark the run as finished."""
-    dtype = options.model.export_dtype
+    dtype = used.model.export_dtype
     export_model(
         trainer.accelerator.unwrap_model(trainer.model), base, folder.model,
         None if dtype == "auto" else getattr(torch, dtype), source=folder.path,
-        card=model_card(options, versions()),
+        card=model_card(used, versions()),
     )  # fmt: skip
     if trainer.is_world_process_zero():
-        logger.info("%s", write_summary(trainer, folder))
+        compared = {"asked": comparable(asked.values()), "used": comparable(used.values())}
+        logger.info("%s", write_summary(trainer, folder, compared))
     trainer.accelerator.wait_for_everyone()

@@ -14,7 +14,8 @@ from qwen3_sft.checkpoints.trust import check_best, refuse_foreign_code
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.distributed.rank_zero import on_first_rank
 from qwen3_sft.errors import CheckpointError, UsageError
-from qwen3_sft.options.data_args import DataArguments
+from qwen3_sft.options.changes import OPTIONS, comparable, in_words, length
+from qwen3_sft.options.recipe import Options
 from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.records.run_folder import RunFolder
 
@@ -29,36 +30,41 @@ _ANEW = "export it (qwen3-sft export) and start a new run from the export"
 
 # What decides which tokens a step trains. The place in the data is counted in steps, so that with
 # another value some tokens would be trained twice or never.
-CHANGEABLE = (
+_DATA = (
     "global_batch_size", "data", "template", "tokenizer", "max_length", "packing", "eval_fraction",
     "seed",
 )  # fmt: skip
-# What the restored optimizer and schedule bring along, whatever the options say.
-_RESTORED = ("learning_rate", "lr_scheduler_type", "weight_decay", "optim")
+_SCHEDULE, _UPDATE = OPTIONS["schedule"], OPTIONS["update"]
+CHANGEABLE = (*_DATA, *_SCHEDULE, *_UPDATE)
+# Their state is no function of the step.
+_STATEFUL = ("reduce_lr_on_plateau", "greedy")
+# What weights and states of a checkpoint are made of.
+_FIXED = ("base", "dtype", "optim", "optim_args", "optim_target_modules", "optimizer_in_backward")
 
 
 def run_identity(
-    args: Any, data: DataArguments, fingerprints: Mapping[str, str], rows_per_step: int
+    options: Options, fingerprints: Mapping[str, str], base: str, weights: str, rows_per_step: int
 ) -> dict[str, Any]:
-    """Return what must not change between a checkpoint and the run that goes on from it.
+    """Return what a checkpoint says of the run that wrote it, to be compared with one that goes on.
 
     Args:
-        args: the TrainArguments.
-        data: how tokens become rows.
+        options: of the run, completed.
         fingerprints: of `data`, `template` and `tokenizer`, as the data report has them.
+        base: fingerprint of the base model.
+        weights: dtype of the trained weights.
         rows_per_step: packed rows of an optimizer step over all processes.
     """
+    values = comparable(options.values())
+    rounding = "bf16_stochastic_round"  # not part of the states, and for one process only
+    pairs = (values["optim_args"] or "").replace(" ", "").split(",")
+    values["optim_args"] = ",".join(pair for pair in pairs if not pair.startswith(rounding))
     return {
-        "global_batch_size": rows_per_step,
+        **{name: values[name] for name in (*CHANGEABLE, *_FIXED) if name in values},
+        **length(options.values()),
         **fingerprints,
-        "max_length": data.max_length,
-        "packing": data.packing,
-        "eval_fraction": data.eval_fraction,
-        "seed": args.seed,
-        "learning_rate": args.learning_rate,
-        "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "weight_decay": args.weight_decay,
-        "optim": str(getattr(args.optim, "value", args.optim)),
+        "global_batch_size": rows_per_step,
+        "base": base,
+        "dtype": weights,
     }
 
 
@@ -89,7 +95,7 @@ def check_resumable(
         world_size: its processes.
         folder: the checkpoint, for the message.
         now: the run's `run_identity`; None does not compare it.
-        allowed: fields of it that may differ.
+        allowed: fields of it that may differ (`--allow_change`); its length may in any case.
 
     Raises:
         CheckpointError: saying what it was written with and what to launch instead.
@@ -120,25 +126,59 @@ def check_resumable(
 def _check_identity(
     saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path, allowed: Collection[str]
 ) -> None:
-    changed = {name: (saved[name], now[name]) for name in saved if saved[name] != now[name]}
-    words = {name: f"{name} {before} -> {after}" for name, (before, after) in changed.items()}
-    if restored := [words[name] for name in _RESTORED if name in changed]:
+    # What an earlier version did not record cannot be compared.
+    words = {
+        name: in_words(name, before, now[name])
+        for name, before in saved.items()
+        if name in now and before != now[name]
+    }
+    if fixed := [words[name] for name in _FIXED if name in words]:
         raise CheckpointError(
-            f"{folder} was saved with other options: {', '.join(restored)}. Optimizer and schedule "
-            f"are the checkpoint's, the new values would be ignored: set the old ones, or {_ANEW}"
+            f"{folder} was saved with other options: {', '.join(fixed)}. Its weights and optimizer "
+            f"states are made of the old ones: set them back, or {_ANEW}"
         )
-    refused = [name for name in CHANGEABLE if name in changed and name not in allowed]
+    _check_schedule(saved, now, words, folder)
+    _check_allowed_changes(words, folder, allowed)
+    for name in words:
+        logger.warning("%s was saved with another %s; %s", folder, words[name], _effect(name))
+
+
+def _check_schedule(
+    saved: Mapping[str, Any], now: Mapping[str, Any], words: Mapping[str, str], folder: Path
+) -> None:
+    """Refuse another schedule where the learning rate follows from more than the step's number."""
+    changes = [words[name] for name in (*_SCHEDULE, *OPTIONS["length"]) if name in words]
+    kinds = {str(identity.get("lr_scheduler_type")) for identity in (saved, now)}
+    if changes and (stateful := kinds.intersection(_STATEFUL)):
+        raise CheckpointError(
+            f"{folder}: {', '.join(changes)}, and with --lr_scheduler_type {min(stateful)} the "
+            f"learning rate follows from all steps before: set it back, or {_ANEW}"
+        )
+
+
+def _check_allowed_changes(
+    words: Mapping[str, str], folder: Path, allowed: Collection[str]
+) -> None:
+    refused = [name for name in CHANGEABLE if name in words and name not in allowed]
     if refused:
+        effects = dict.fromkeys(_effect(name) for name in refused)
         raise CheckpointError(
             f"{folder} was saved by a run that differs: {', '.join(words[n] for n in refused)}. "
-            "Its place in the data is a number of steps, so some tokens would be trained twice or "
-            f"never. Set what was changed back, or --allow_change {' '.join(refused)}, or {_ANEW}"
+            f"Set what was changed back, or {_ANEW}, or --allow_change {' '.join(refused)}: "
+            f"{', and '.join(effects)}"
         )
-    for name in changed:
-        logger.warning(
-            "%s was saved with another %s, as --allow_change says; the run goes on at the same "
-            "step of its new data", folder, words[name],
-        )  # fmt: skip
+
+
+def _effect(name: str) -> str:
+    """Return what a changed value does to a run that goes on."""
+    if name in _DATA:
+        return (
+            "the run goes on at the same step of its new data, so that some tokens are trained "
+            "twice or never"
+        )
+    if name in _UPDATE:
+        return f"{name} counts from the next step on"
+    return "from the next step on the learning rate is that of a run with the new values throughout"
 
 
 def check_resume(run: RunFolder, resume: str) -> None:
@@ -196,6 +236,11 @@ def agree_on_checkpoint(
     def choose() -> Path | None:
         checkpoint = choose_checkpoint(folder, args.resume)
         if checkpoint is None:
+            if folder.summary() is not None:
+                raise CheckpointError(
+                    f"{folder.path} holds a finished run and no whole checkpoint to go on from: "
+                    f"train {folder.model} in another --output_dir"
+                )
             return None
         refuse_foreign_code(checkpoint, trusted=args.trust_checkpoint)
         if args.load_best_model_at_end:

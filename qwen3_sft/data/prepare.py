@@ -75,7 +75,7 @@ def prepare(
     if not _is_whole(folder):
         with _locked(cache / f"{key}.lock"):
             if not _is_whole(folder):
-                _build(folder, args, sources, options, tokenizer, _fingerprints(parts))
+                _build(folder, args, sources, options, tokenizer, _fingerprints(parts, args))
     dataset = TokenDataset(folder)
     check_drops(dataset.report, args.max_drop_fraction)
     logger.info("%s", report_text(dataset.report))
@@ -142,17 +142,34 @@ def _parts(
     }
 
 
-def _fingerprints(parts: dict[str, Any]) -> dict[str, str]:
+def data_fingerprint(args: DataArguments, *, eval: bool = False) -> str:
+    """Return the hash of what `dataset` (or `eval_dataset`) holds now, as a report has it.
+
+    Raises:
+        DataError: a source cannot be found.
+    """
+    hashes = FileHashes(_cache_folder(args) / "file_hashes.json")
+    return _of_rows(describe_all(find_sources(args, eval=eval), hashes), args)
+
+
+def _of_rows(sources: list[tuple[str, str]], args: DataArguments) -> str:
+    kept = [args.max_rows, args.dataset_format, args.overlong]
+    return _json_hash([[identity for _, identity in sources], *kept])
+
+
+def _fingerprints(parts: dict[str, Any], args: DataArguments) -> dict[str, str]:
     """Return hashes of `_parts` under the names that a person changes, wherever files lie."""
     options = parts["options"]
     shown = ("chat_format", "train_on", "thinking", "train_empty_think")
-    rows = [parts["max_rows"], parts["dataset_format"], options["overlong"]]
-    names = {
-        "data": [[identity for _, identity in parts["sources"]], *rows],
-        "template": [parts["chat_template"], *(options[name] for name in shown)],
-        "tokenizer": [parts["tokenizer"], parts["eos_token"]],
+    return {
+        "data": _of_rows(parts["sources"], args),
+        "template": _json_hash([parts["chat_template"], *(options[name] for name in shown)]),
+        "tokenizer": _json_hash([parts["tokenizer"], parts["eos_token"]]),
     }
-    return {name: text_hash(json.dumps(part, sort_keys=True)) for name, part in names.items()}
+
+
+def _json_hash(part: Any) -> str:
+    return text_hash(json.dumps(part, sort_keys=True))
 
 
 def _is_whole(folder: Path) -> bool:

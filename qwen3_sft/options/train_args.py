@@ -53,8 +53,8 @@ class TrainArguments(TrainingArguments):
     allow_change: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "what may differ from the checkpoint's run: global_batch_size, data, template, "
-            "tokenizer, max_length, packing, eval_fraction, seed"
+            "help": "options that may differ from those of the checkpoint's run, such as "
+            "learning_rate or data; the error that asks for it says what follows"
         },
     )
     trust_checkpoint: bool = field(

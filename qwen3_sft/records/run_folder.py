@@ -73,6 +73,10 @@ class RunFolder:
             return None
         return json.loads(self.summary_file.read_text(encoding="utf-8"))
 
+    def reopen(self) -> None:
+        """Take the sign of a finished run away: it goes on."""
+        self.summary_file.unlink(missing_ok=True)
+
     def write_json(self, name: str, content: Any) -> None:
         """Write one record, replaced as a whole."""
         partial = self.path / f".{name}.partial"

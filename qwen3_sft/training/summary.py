@@ -9,12 +9,13 @@ from qwen3_sft.training.completions import before_and_after
 from qwen3_sft.training.trainer import SftTrainer
 
 
-def write_summary(trainer: SftTrainer, folder: RunFolder) -> str:
+def write_summary(trainer: SftTrainer, folder: RunFolder, options: dict[str, Any]) -> str:
     """Mark the run as finished; return what happened, in words. On rank 0.
 
     Args:
         trainer: has trained.
         folder: of the run; its model is exported.
+        options: `comparable` ones as they were `asked` for and as they were `used`.
     """
     # None where early stopping came before the first record.
     state = trainer.state
@@ -29,6 +30,7 @@ def write_summary(trainer: SftTrainer, folder: RunFolder) -> str:
         "skipped_steps": trainer.metrics.totals.skipped_steps,
         "tokens_seen": trainer.metrics.totals.tokens_seen,
         "model": str(folder.model),
+        **options,
     }
     folder.write_json("summary.json", summary)
     change = f"loss {_in_words(losses[0])} -> {_in_words(losses[-1])}"
@@ -44,7 +46,8 @@ def describe_summary(folder: RunFolder, summary: dict[str, Any]) -> str:
         f"{folder.path} holds a finished run: {_steps(summary)}, "
         f"final loss {_in_words(summary['loss'])}, model in {folder.model}\n"
         f"{before_and_after(folder.samples)}\n"
-        "Nothing was changed. To train again choose another --output_dir, or remove the folder."
+        "Nothing was changed. To train on raise --max_steps or --num_train_epochs; to train anew "
+        "choose another --output_dir, or remove the folder."
     )
 
 

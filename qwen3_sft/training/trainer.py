@@ -129,6 +129,7 @@ class SftTrainer(Trainer):
         """Have the optimizer step within the backward pass if the run asks for it."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
+        self.hyperparameters = restore.hyperparameters(optimizer)
         if is_new and self.args.optimizer_in_backward:
             self.backward_optimizer = BackwardOptimizer(
                 self.model, optimizer, clip=self.args.clip, max_grad_norm=self.args.max_grad_norm
@@ -276,22 +277,22 @@ class SftTrainer(Trainer):
         restore.restore_weights(self.model, Path(resume_from_checkpoint), self.engine.layout)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Raise where a file is missing; upstream goes on without a word."""
+        """Raise where a file is missing, and let no option of the checkpoint's win unseen."""
         if checkpoint is None:
             return
-        folder = Path(checkpoint)
+        folder, own = Path(checkpoint), (self.torch_optimizer, self.hyperparameters)
         self.memory_guard.warm_up.before_loading()  # while the optimizer is still a fresh one
-        restore.restore_totals(self.metrics.totals, folder, self.args.world_size)
-        if self.engine.layout == "dtensor":
-            restore.restore_states(self.model, self.torch_optimizer, self.lr_scheduler, folder)
-        else:
-            restore.require_states(folder, self.engine.layout)
-            super()._load_optimizer_and_scheduler(checkpoint)
+        restore.restore_totals(self.metrics.totals, self.state, folder, self.args.world_size)
+        with restore.own_options(*own, self.lr_scheduler):
+            if self.engine.layout == "dtensor":
+                restore.restore_states(self.model, own[0], self.lr_scheduler, folder)
+            else:
+                restore.require_states(folder, self.engine.layout)
+                super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         """Go back to the best checkpoint's weights, experts included."""
-        trusted = self.args.trust_checkpoint
-        best = restore.verified_best(self.state, self.saver.folder, trusted=trusted)
+        best = restore.verified_best(self.state, self.saver.folder, self.args.trust_checkpoint)
         if self.engine.layout == "zero":
             super()._load_best_model()
         else:

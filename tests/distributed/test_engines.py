@@ -4,6 +4,7 @@ One tree of processes per number of processes runs all its cases (tests/distribu
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,12 @@ def cases(tokenizer, tmp_path):
     )  # fmt: skip
 
 
+# What a resume may change, each so much that the weights show it.
+CHANGED = (
+    "--max_steps", 5, "--learning_rate", "3e-3", "--adam_beta2", 0.9, "--adam_epsilon", "1e-4",
+    "--weight_decay", 0.5, "--allow_change", "learning_rate", "adam_beta2", "adam_epsilon",
+    "weight_decay",
+)  # fmt: skip
 # The layer between the first and the last.
 FP8 = ("--fp8", "all", "--save_strategy", "no")
 # The same by the shipped recipe. What it sets beyond that is set back to what the other cases have.
@@ -102,24 +109,29 @@ def test_every_engine_equals_one_process(cases):
     cases.add("one")
     cases.add("one_after", after="one")
     cases.add("fp8", None, *RECIPE)
+    cases.add("one_changed", None, *CHANGED, after="one")
+    cases.add("fresh", None, *CHANGED)
     codes, printed = cases.run(1)
     assert set(codes.values()) == {0}, printed
 
     zero3 = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(nothing_persists(cases.root))}
     add_runs_on_two(cases, zero3)
     on_two = [case["name"] for case in cases.cases]
+    changed = {"ddp_changed": None, "fsdp_changed": "fsdp", "zero2_changed": "zero2"}
+    for name, launch in changed.items():
+        cases.add(name, launch, *CHANGED, after=name.removesuffix("_changed"))
     cases.add("fp8_native", None, *NATIVE, *FP8)
     cases.add("fp8_ep2", None, *EP2, *FP8)
     cases.add("fp8_fsdp", "fsdp", *RECIPE)
     cases.add("fp8_zero3", "zero3", *RECIPE, environment=zero3)
-    in_fp8 = [case["name"] for case in cases.cases[len(on_two) :]]
+    in_fp8 = [case["name"] for case in cases.cases[len(on_two) + len(changed) :]]
     failing = ("refused", "bad_ep2", "bad_zero2", "bad_zero3")
     cases.add("refused", None, *NATIVE, after="zero3")
     cases.add("bad_ep2", None, *EP2, *TOO_FAST)
     cases.add("bad_zero2", "zero2", *TOO_FAST)
     cases.add("bad_zero3", "zero3", *TOO_FAST, environment=zero3)
     codes, printed = cases.run(2)
-    fine = dict.fromkeys((*on_two, *in_fp8), 0)
+    fine = dict.fromkeys((*on_two, *changed, *in_fp8), 0)
     assert codes == fine | dict.fromkeys(failing, 1), printed
     assert printed.count("NonFiniteError: steps 2 to 3 all had") >= 3, printed
     assert "was saved under DeepSpeed ZeRO, this run uses FSDP2" in printed
@@ -143,6 +155,7 @@ def test_every_engine_equals_one_process(cases):
     check_experts(cases.root, {"ddp": (2, 8), "native": (2, 8), "fsdp": (2, 8), "zero3": (2, 8)})
     check_experts(cases.root, {"ep2": (2, 4), "ep4": (4, 2), "hsdp": (4, 4)})
     check_bitwise_resume(cases.root)
+    check_changed(cases.root, changed)
     check_fp8(cases.root, in_fp8)
     for name in ("ep2", "fsdp", "zero3"):
         assert len((cases.root / name / "samples.jsonl").read_text().splitlines()) == 3, name
@@ -235,6 +248,21 @@ def check_fp8(root: Path, names: list[str]) -> None:
         for a, b in zip(found, one, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-3), (name, a["step"])
         assert exported(root / name).keys() == exported(root / "fp8").keys()
+
+
+def check_changed(root: Path, names: Iterable[str]) -> None:
+    """Learning rates of a fresh run with the new options, and one process's steps with them."""
+    rates = {record["step"]: record["learning_rate"] for record in metrics(root / "fresh")}
+    one = metrics(root / "one_changed")
+    assert [record["learning_rate"] for record in one] == [rates[step] for step in (3, 4, 5)]
+    assert [record["learning_rate"] for record in metrics(root / "one")][2:] != [rates[3], rates[4]]
+    for name in names:
+        for record, expected in zip(metrics(root / name), one, strict=True):
+            assert record["learning_rate"] == expected["learning_rate"], name
+            assert record["loss"] == pytest.approx(expected["loss"], rel=CLOSE), name
+        weights, expected = exported(root / name), exported(root / "one_changed")
+        for key, tensor in expected.items():
+            assert_close(weights[key], tensor, name=f"{name} {key}", rms=1e-5)
 
 
 def check_bitwise_resume(root: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.e2e.test_faults import goes_on, options, site, whole  # noqa: F401 - fixtures
+from tests.support.commands import metrics
 from tests.support.data_rows import sums
 from tests.support.faults import outcome, start
 
@@ -57,13 +58,31 @@ def test_changed_on_resume(site, begun, field, changed, tmp_path):  # noqa: F811
 
 
 @outcome(
-    "Learning rate, schedule or optimizer differ on resume",
-    "exit code 1: the checkpoint's would win, so that the new value would be ignored",
+    "Learning rate, its schedule, decay or clipping differ on resume",
+    "exit code 1, naming the option with both values; with `--allow_change OPTION` the rate is "
+    "that of a run with the new values throughout, the others count from the next step on",
 )
 def test_another_learning_rate_on_resume(site, begun):  # noqa: F811
-    run = start(options(site, lr_scheduler_type="constant", learning_rate="2e-3"), begun)
+    now = options(site, lr_scheduler_type="constant", learning_rate="2e-3", max_steps=6)
+    run = start(now, begun)
     assert run.end() == 1, run.words
     assert "learning_rate 0.001 -> 0.002" in run.words
+    run = start([*now, "--allow_change", "learning_rate"], begun)
+    assert run.end() == 0, run.words
+    assert [record["learning_rate"] for record in metrics(begun)] == [
+        0.001, 0.001, 0.001, 0.001, 0.002, 0.002
+    ]  # fmt: skip
+
+
+@outcome(
+    "The base model, the optimizer or the dtype of the weights differ on resume",
+    "exit code 1: the checkpoint is made of the old ones",
+)
+@pytest.mark.faults
+def test_another_optimizer_on_resume(site, begun):  # noqa: F811
+    run = start(options(site, lr_scheduler_type="constant", optim="adafactor"), begun)
+    assert run.end() == 1, run.words
+    assert "optim adamw_torch_fused -> adafactor" in run.words
 
 
 @outcome("No step to train: no rows, or none that fit", "exit code 2 with the counts")

@@ -2,11 +2,15 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
+from transformers import get_cosine_schedule_with_warmup
 
 from qwen3_sft.cli import main
 from qwen3_sft.commands.resume import differences, next_record
 from tests.e2e.test_faults import records, site, whole  # noqa: F401 - fixtures
+from tests.support.commands import metrics
+from tests.support.faults import outcome
 
 pytestmark = pytest.mark.e2e
 
@@ -48,6 +52,31 @@ def test_verify_of_nothing_but_the_end_loads_it(whole, tmp_path, capfd):  # noqa
     shutil.rmtree(run / "checkpoint-4")
     assert main(["resume", str(run), "--verify"]) == 0
     assert "checkpoint-8 loads, with its optimizer. It is the end" in capfd.readouterr().out
+
+
+@outcome(
+    "A finished run is started again",
+    "exit code 0 if it is the run that is asked for, 2 naming what differs if not; with more steps "
+    "it goes on from its last checkpoint, at the learning rate of a longer run",
+)
+def test_a_finished_run_goes_on_if_more_steps_are_asked_for(whole, tmp_path, capfd):  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    assert main(["resume", str(run), "--max_steps", "10", "--learning_rate", "2e-3"]) == 2
+    assert "holds a finished run of other options: learning_rate" in capfd.readouterr().out
+    assert len(metrics(run)) == 8
+    assert main(["resume", str(run), "--max_steps", "10"]) == 0
+    assert [record["step"] for record in metrics(run)] == list(range(1, 11))
+    assert records(run)[:8] == records(whole)
+    optimizer = torch.optim.SGD([torch.zeros(1)], 1e-3)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 2, 10)
+    expected = []
+    for _ in range(10):
+        expected += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert [record["learning_rate"] for record in metrics(run)[8:]] == expected[8:]
+    assert json.loads((run / "summary.json").read_text())["steps"] == 10
 
 
 @pytest.mark.faults

@@ -34,7 +34,7 @@ def test_it_ends_the_run_at_the_best_and_says_so(trainer, tmp_path):
     folder = RunFolder(tmp_path)
     folder.samples.write_text("")
     words = f"in {2 * len(losses)} steps, stopped early: evaluations did not improve, model in"
-    assert words in write_summary(stopped, folder)
+    assert words in write_summary(stopped, folder, {})
     assert words[3:40] in describe_summary(folder, folder.summary() or {})
 
 

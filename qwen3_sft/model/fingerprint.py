@@ -1,0 +1,36 @@
+"""Which base model it is, wherever its folder lies: a hash that reads little of its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import xxhash
+
+_SAMPLE_BYTES = 1024
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Return a hash of a model's configuration and of the beginning of each of its tensors.
+
+    Weights that differ further inside their tensors alone pass as the same ones; what trains or
+    merges a model changes them everywhere.
+
+    Args:
+        folder: with config.json and whole `*.safetensors`.
+    """
+    hasher = xxhash.xxh3_128()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("transformers_version", None)
+    hasher.update(json.dumps(config, sort_keys=True).encode())
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            tensors = json.loads(stream.read(size))
+            tensors.pop("__metadata__", None)
+            for name, entry in sorted(tensors.items()):
+                first, end = entry["data_offsets"]
+                stream.seek(8 + size + first)
+                hasher.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
+                hasher.update(stream.read(min(end - first, _SAMPLE_BYTES)))
+    return hasher.hexdigest()

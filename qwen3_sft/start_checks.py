@@ -1,0 +1,35 @@
+"""What options and folders tell at once, before a model is looked for or data is read."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from qwen3_sft.checkpoints.finished import is_asked_for
+from qwen3_sft.checkpoints.resume import check_allowed, check_resume
+from qwen3_sft.export.upload import check_token
+from qwen3_sft.options.recipe import Options
+from qwen3_sft.records.overlap import refuse_run_over_source
+from qwen3_sft.records.ownership import refuse_foreign_run
+from qwen3_sft.records.run_folder import RunFolder
+from qwen3_sft.training.arguments import check_machine
+
+
+def check_start(folder: RunFolder, options: Options) -> dict[str, Any] | None:
+    """Refuse what need not be begun; return the summary if it is finished already.
+
+    Raises:
+        UsageError: the folder is not ours, is read as well, or holds another finished run; an
+            option means nothing here.
+    """
+    if os.environ.get("RANK", "0") == "0":  # it may have begun to write by the time others look
+        refuse_run_over_source(options)
+        refuse_foreign_run(folder.path)
+    check_allowed(options.train.allow_change)
+    check_machine(options.train)
+    check_token(options.train)
+    summary = folder.summary()
+    if summary is not None and is_asked_for(folder, summary, options):
+        return summary
+    check_resume(folder, options.train.resume)
+    return None
