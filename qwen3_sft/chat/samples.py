@@ -54,7 +54,8 @@ class Conversation:
         tools: function descriptions as the file gave them.
         first_trained: index of the first message whose answer may carry labels.
         masked: indices of answers that the row itself keeps from carrying labels.
-        enable_thinking: what the row tells the chat template; None where it does not say.
+        enable_thinking: the row's own mode, as chat templates get it: whether the model is to write
+            an empty think block, not the prompt. None: it is on for the answers with reasoning.
     """
 
     messages: tuple[Message, ...]

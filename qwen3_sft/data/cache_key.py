@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_sft.chat import (
+    contexts,
     control_tokens,
     encoding,
+    features,
     pieces,
     render,
-    row_options,
     samples,
-    template_process,
     templates,
     text,
+    written,
 )
 from qwen3_sft.data import (
-    compressed,
-    csv_rows,
-    file_kinds,
+    choose_rows,
+    counts,
     formats,
     json_rows,
     raw_rows,
@@ -38,8 +38,8 @@ from qwen3_sft.data import (
     tally,
     tokenize_rows,
     turns,
-    txt_rows,
 )
+from qwen3_sft.data.files import compressed, csv_rows, file_kinds, txt_rows
 from qwen3_sft.data.rows import (
     answers,
     calls,
@@ -65,11 +65,11 @@ logger = logging.getLogger(__name__)
 LAYOUT = 2  # of the cache folder; raise it when the meaning of its files changes
 # A row's way to tokens, all of it: a forgotten module would serve stale caches (a test checks).
 TOKENISERS = (
-    answers, calls, columns, compressed, content, control_tokens, conversations, csv_rows, defects,
-    encoding, fields, file_kinds, formats, json_rows, loss_flags, nulls, pieces, plain, questions,
-    raw_rows, readers, reasoning, refused, render, row_options, samples, source, table_rows, tally,
-    template_process, templates, text, token_rows, tokenize_rows, turns, txt_rows, values,
-    written_calls,
+    answers, calls, choose_rows, columns, compressed, content, contexts, control_tokens,
+    conversations, counts, csv_rows, defects, encoding, features, fields, file_kinds, formats,
+    json_rows, loss_flags, nulls, pieces, plain, questions, raw_rows, readers, reasoning,
+    refused, render, samples, source, table_rows, tally, templates, text, token_rows,
+    tokenize_rows, turns, txt_rows, values, written, written_calls,
 )  # fmt: skip
 _SETTLED_S = 2.0  # a file changed more recently may change again within the clock's resolution
 

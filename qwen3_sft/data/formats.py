@@ -46,8 +46,8 @@ _ACCEPTED = (
     "messages | conversations (ShareGPT), both with optional tools, system | "
     "instruction + output (Alpaca), with optional input, system, history | "
     "question + answer, query + response and the like | "
-    "prompt + completion | text | input_ids, with optional labels; other names can be mapped, such as "
-    "--columns prompt=question completion=answer"
+    "prompt + completion | text | input_ids, with optional labels; other names can be mapped, such "
+    "as --columns prompt=question completion=answer"
 )
 
 

@@ -13,9 +13,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import IO, Any, NoReturn
 
-from qwen3_sft.data.compressed import open_bytes
+from qwen3_sft.data.files.compressed import open_bytes
 from qwen3_sft.data.tally import Tally
 from qwen3_sft.errors import DataError
 
@@ -162,7 +162,7 @@ def _not_utf8(location: str, error: UnicodeDecodeError) -> DataError:
 class _Window:
     """The undecoded part of a file that is in memory, and the line and column it is at."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
         self.path = path
         self._file = file
         self._to_text = codecs.getincrementaldecoder("utf-8-sig")()

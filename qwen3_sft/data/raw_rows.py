@@ -9,7 +9,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from qwen3_sft.data.formats import Format, detect_format, require_format
-from qwen3_sft.data.json_rows import BadRow
+from qwen3_sft.data.json_rows import BadRow, Row
 from qwen3_sft.data.readers import RowSource
 from qwen3_sft.data.rows.columns import NamedColumns, named_columns
 from qwen3_sft.data.rows.nulls import find_fillers
@@ -74,10 +74,12 @@ def _rows_of(
     wanted = None if args.dataset_format == "auto" else args.dataset_format
     source_format: Format | None = None
     rows = iter(source.rows(warnings))
-    first = list(islice(rows, OBSERVED_ROWS))
-    contents = [naming(row, location) for location, row in first if not isinstance(row, BadRow)]
+    first, failure = _first_rows(rows)
+    read = [(row, location) for location, row in first if not isinstance(row, BadRow)]
+    naming.check_found([row for row, _ in read], source.name)
+    contents = [naming(row, location) for row, location in read]
     reading = Reading(frozenset(args.ignore_columns), wanted is not None, find_fillers(contents))
-    for location, row in chain(first, rows):
+    for location, row in chain(first, _raising(failure), rows):
         try:
             if isinstance(row, BadRow):
                 raise row.error
@@ -95,6 +97,23 @@ def _rows_of(
         yield location, content, fmt, reading, None
     if not first:
         warnings.add("source without rows", source.name)
+
+
+def _first_rows(rows: Iterator[Row]) -> tuple[list[Row], DataError | None]:
+    """Return the rows that are looked at ahead, and the error that ends them, if one does."""
+    first: list[Row] = []
+    try:
+        first.extend(islice(rows, OBSERVED_ROWS))  # keeps what came before an error
+    except DataError as error:
+        return first, error
+    return first, None
+
+
+def _raising(failure: DataError | None) -> Iterator[Row]:
+    """Raise what reading ahead met, once the rows before it have been passed on."""
+    if failure is not None:
+        raise failure
+    yield from ()
 
 
 def _columns(content: dict[str, Any], reading: Reading) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qwen3_sft.data.file_kinds import KINDS, FileOptions, file_rows, is_data_file
+from qwen3_sft.data.files.file_kinds import KINDS, FileOptions, file_rows, is_data_file
 from qwen3_sft.data.json_rows import Row
 from qwen3_sft.data.tally import Tally
 from qwen3_sft.errors import DataError
@@ -124,7 +124,7 @@ def _folder_sources(folder: Path, split: str, options: FileOptions) -> list[RowS
 @dataclass(frozen=True)
 class _FileSource:
     path: Path
-    options: FileOptions = FileOptions()
+    options: FileOptions
 
     @property
     def name(self) -> str:

@@ -12,25 +12,25 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Literal
 
 import numpy as np
 
 from qwen3_sft.chat.encoding import Encoder
+from qwen3_sft.chat.features import features
 from qwen3_sft.chat.pieces import Rendered
 from qwen3_sft.chat.render import render, render_plain
 from qwen3_sft.chat.samples import Conversation, Dropped, PlainText, Tokens
+from qwen3_sft.data.choose_rows import ChosenRow, RowChooser
+from qwen3_sft.data.counts import NUM_LONGEST, Counts
 from qwen3_sft.data.formats import parse_row
 from qwen3_sft.data.raw_rows import RawRow
-from qwen3_sft.data.rows.defects import BAD_ROW, MOST_LISTED
-from qwen3_sft.data.tally import Tally
+from qwen3_sft.data.rows.defects import BAD_ROW
 from qwen3_sft.errors import DataError
 
 logger = logging.getLogger(__name__)
-
-NUM_LONGEST = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,47 +54,6 @@ class TokenizeOptions:
     on_bad_row: Literal["error", "drop"] = "error"
 
 
-@dataclass(slots=True)
-class Counts:
-    """What became of rows, samples and tokens; every token read is in exactly one entry."""
-
-    rows_in: int = 0
-    rows_used: int = 0
-    rows_dropped: Tally = field(default_factory=Tally)
-    dropped: list[tuple[str, str]] = field(default_factory=list)  # location, reason
-    samples_in: int = 0
-    samples_truncated: int = 0
-    samples_dropped: Tally = field(default_factory=Tally)
-    tokens_in: int = 0
-    tokens_used: int = 0
-    tokens_truncated: int = 0
-    tokens_dropped: int = 0
-    label_tokens: int = 0
-    warnings: Tally = field(default_factory=Tally)
-    longest: list[tuple[int, str]] = field(default_factory=list)
-
-    def drop(self, kind: str, location: str, reason: str | None = None) -> None:
-        """Count a row that is left out, and list it."""
-        self.rows_dropped.add(kind, location)
-        if len(self.dropped) < MOST_LISTED:
-            self.dropped.append((location, reason or kind))
-
-    def merge(self, later: Counts) -> None:
-        """Add the counts of rows that come after these."""
-        self.dropped = (self.dropped + later.dropped)[:MOST_LISTED]
-        for name in ("rows_dropped", "samples_dropped", "warnings"):
-            getattr(self, name).merge(getattr(later, name))
-        self.longest = heapq.nlargest(NUM_LONGEST, self.longest + later.longest)
-        for name in _SUMS:
-            setattr(self, name, getattr(self, name) + getattr(later, name))
-
-
-_SUMS = (
-    "rows_in", "rows_used", "samples_in", "samples_truncated", "tokens_in", "tokens_used",
-    "tokens_truncated", "tokens_dropped", "label_tokens",
-)  # fmt: skip
-
-
 @dataclass(frozen=True, slots=True)
 class TokenizedSample:
     """One document: ids (n,) int32, trained (n,) bool, and where it came from."""
@@ -107,10 +66,11 @@ class TokenizedSample:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRows:
-    """The samples of some rows, in order, and what became of all of the rows."""
+    """The samples of some rows, in order, what became of all rows, and rows to check."""
 
     samples: list[TokenizedSample]
     counts: Counts
+    chosen: list[ChosenRow]
 
 
 class RowTokenizer:
@@ -119,6 +79,7 @@ class RowTokenizer:
     def __init__(self, encoder: Encoder, options: TokenizeOptions) -> None:
         self.encoder = encoder
         self.options = options
+        self._chooser = RowChooser()
 
     def __call__(self, rows: list[RawRow]) -> TokenizedRows:
         """Tokenise some rows.
@@ -127,16 +88,23 @@ class RowTokenizer:
             DataError: for a row that cannot be trained on, or is too long with overlong="error".
         """
         counts = Counts(rows_in=len(rows))
-        made = [(row, rendered) for row in rows for rendered in self._render_or_drop(row, counts)]
+        chosen: list[ChosenRow] = []
+        made = [
+            (row, rendered)
+            for row in rows
+            for rendered in self._render_or_drop(row, counts, chosen)
+        ]
         encoded = iter(self.encoder.encode_batch([r for _, r in made if not isinstance(r, Tokens)]))
         used: list[TokenizedSample] = []
         lost: dict[int, str] = {}
+        lengths: dict[int, list[int]] = {}
         for row, rendered in made:
             if isinstance(rendered, Tokens):
                 ids, trained = rendered.input_ids, rendered.trained
             else:
                 ids, trained = next(encoded)
             sample = TokenizedSample(row.number, row.location, ids, trained)
+            lengths.setdefault(row.number, []).append(len(ids))
             fitted = self._fit(sample, counts)
             if isinstance(fitted, Dropped):
                 counts.samples_dropped.add(fitted.reason, row.location)
@@ -144,21 +112,26 @@ class RowTokenizer:
             else:
                 used.append(fitted)
         _count_rows(rows, used, lost, counts)
-        return TokenizedRows(used, counts)
+        _count_splits(lengths.values(), counts)
+        return TokenizedRows(used, counts, chosen)
 
-    def _render_or_drop(self, row: RawRow, counts: Counts) -> list[Rendered | Tokens]:
+    def _render_or_drop(
+        self, row: RawRow, counts: Counts, chosen: list[ChosenRow]
+    ) -> list[Rendered | Tokens]:
         """Return the samples of a row, none of one with a defect where those are dropped."""
         try:
             if row.problem is not None:
                 raise DataError(row.problem)
-            return self._render(row, counts)
+            return self._render(row, counts, chosen)
         except DataError as error:
             if self.options.on_bad_row == "error":
                 raise
             counts.drop(BAD_ROW, row.location, str(error).removeprefix(f"{row.location}: "))
             return []
 
-    def _render(self, row: RawRow, counts: Counts) -> list[Rendered | Tokens]:
+    def _render(
+        self, row: RawRow, counts: Counts, chosen: list[ChosenRow]
+    ) -> list[Rendered | Tokens]:
         """Return the samples of a row, before they become tokens."""
         warnings: Counter[str] = Counter()
         vocab_size = self.options.vocab_size
@@ -175,6 +148,9 @@ class RowTokenizer:
             rendered.append(render_plain(sample, self.encoder.eos_token, train_on=train_on))
         else:
             rendered += self._render_chat(sample, row.location, warnings)
+            row_features = features(sample)
+            if self._chooser.wants(row_features):
+                chosen.append(ChosenRow(row, row_features))
         for kind, count in warnings.items():
             counts.warnings.add(kind, row.location, count)
         return rendered
@@ -235,6 +211,15 @@ def _count_rows(
             counts.drop(lost[row.number], row.location)
 
 
+def _count_splits(lengths: Iterable[list[int]], counts: Counts) -> None:
+    """Count rows of several samples, given the tokens of each sample of each row."""
+    for of_row in lengths:
+        if len(of_row) > 1:
+            counts.rows_split += 1
+            counts.samples_of_split_rows += len(of_row)
+            counts.tokens_repeated += sum(of_row) - max(of_row)
+
+
 def tokenize_chunks(
     tokenize: RowTokenizer, rows: Iterable[RawRow], *, num_proc: int, chunk_rows: int = 256
 ) -> Iterator[TokenizedRows]:
@@ -249,11 +234,11 @@ def tokenize_chunks(
         raise ValueError(f"num_proc is {num_proc}; set it to 1 or more")
     iterator = iter(rows)
     chunks = iter(lambda: list(islice(iterator, chunk_rows)), [])
+    if num_proc == 1:
+        return map(tokenize, chunks)
     first = list(islice(chunks, 2))  # one chunk is done before a process has started
     chunks = chain(first, chunks)
-    if num_proc == 1 or len(first) < 2:
-        return map(tokenize, chunks)
-    return _in_workers(tokenize, chunks, num_proc)
+    return map(tokenize, chunks) if len(first) < 2 else _in_workers(tokenize, chunks, num_proc)
 
 
 def _in_workers(

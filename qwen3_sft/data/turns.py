@@ -29,8 +29,8 @@ _NAMES: dict[Role, tuple[str, ...]] = {
     "user": ("user", "human", "prompter"),
     "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "ai", "claude"),
     "tool": (
-        "tool", "function", "observation", "ipython", "tool_response", "tool_result", "tool_results",
-        "function_response", "tool_output",
+        "tool", "function", "observation", "ipython", "tool_response", "tool_result",
+        "tool_results", "function_response", "tool_output",
     ),
 }  # fmt: skip
 _ROLES: dict[str, Role] = {name: role for role, names in _NAMES.items() for name in names}

@@ -128,7 +128,9 @@ def test_customised_template_is_found(args, tokenizer, caplog):
         prepare(args, changed)
     args.chat_format = "qwen3"
     assert len(prepare(args, changed))
-    assert "training on qwen3 as told, but the tokenizer's chat template differs" in caplog.text
+    assert (
+        "training on qwen3 as told, but data.jsonl:1: the tokenizer's chat template" in caplog.text
+    )
 
 
 def test_tokenizer_without_a_template(args, tokenizer):

@@ -8,7 +8,7 @@ import pytest
 from qwen3_sft.chat.samples import Conversation, Dropped, Message, PlainText, Tokens, ToolCall
 from qwen3_sft.data.formats import detect_format, require_format
 from qwen3_sft.errors import DataError
-from tests.support.data_rows import ANSWER, USER, answer, calling, chat, parse
+from tests.support.data_rows import ANSWER, USER, answer, chat, parse
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 
@@ -34,7 +34,8 @@ def test_formats_are_read_off_the_columns(columns, expected):
     [
         ({"messages", "input_ids"}, ["messages", "input_ids", "--dataset_format"]),
         ({"text", "instruction", "output"}, ["instruction+output", "text"]),
-        ({"prompt", "answer"}, ["'answer'", "'prompt'", "accepted", "conversations"]),
+        ({"prompt", "answer"}, ["'answer'", "'prompt'", "RL prompt", "--columns question=prompt"]),
+        ({"utterance", "reply"}, ["'reply'", "accepted", "conversations", "--columns"]),
         (set(), ["accepted"]),
     ],
 )
@@ -130,10 +131,10 @@ def test_text_row_and_token_rows():
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"text": " \n"}, "empty text"),
-        ({"prompt": "p", "completion": ""}, "empty completion"),
-        ({"instruction": "i", "output": ""}, "empty output"),
-        ({"input_ids": []}, "empty input_ids"),
+        ({"text": " \n"}, "a blank text"),
+        ({"prompt": "p", "completion": ""}, "a blank answer"),
+        ({"instruction": "i", "output": ""}, "a blank answer"),
+        ({"input_ids": []}, "no tokens"),
         ({"input_ids": [3]}, "one token, nothing to predict"),
     ],
 )
@@ -159,16 +160,6 @@ def test_null_keys_of_arrow_rows_are_absent():
     assert parse(row) == parse(chat(USER, ANSWER))
 
 
-def test_nulls_inside_arguments_mean_absent_only_in_arrow_rows():
-    arguments = {"city": "Rome", "day": None, "more": [{"x": None}]}
-    row = calling(arguments) | {"tools": [WEATHER | {"strict": None}]}
-    kept, _ = parse(row)
-    assert kept.messages[1].tool_calls[0].arguments == arguments
-    sample, _ = parse(row, drop_nulls=True)
-    assert sample.messages[1].tool_calls[0].arguments == {"city": "Rome", "more": [{}]}
-    assert sample.tools == (WEATHER,)
-
-
 def test_text_parts_are_joined():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert parse(answer(content=parts))[0].messages[1].content == "ab"
@@ -181,7 +172,8 @@ def test_text_parts_are_joined():
         ("\n<think>why</think>x", "why", "x"),
         ("<think>\n\n</think>\n\nx", None, "x"),
         ("x <think> y", None, "x <think> y"),
-        ("x </think> y", None, "x </think> y"),
+        ("x\n</think>\n\ny", "x", "y"),
+        ("</think>\n\ny", None, "y"),
         ("<think>r</think>x </think> y", "r", "x </think> y"),
     ],
 )

@@ -36,7 +36,7 @@ class NamedColumns:
         """Return the row under the names of the formats.
 
         Raises:
-            DataError: a column that is to be renamed is missing, or its new name is taken.
+            DataError: the new name of a column is taken.
         """
         if self.columns:
             row = self._renamed(row, location)
@@ -48,17 +48,30 @@ class NamedColumns:
 
     def _renamed(self, row: dict[str, Any], location: str) -> dict[str, Any]:
         for old, new in self.columns.items():
-            if old not in row:
+            if old in row and new in row and new not in self.columns:
                 raise DataError(
-                    f"{location}: --columns {new}={old}, but the row has no column {old!r}; it has "
-                    f"{sorted(row)}"
-                )
-            if new in row and new not in self.columns:
-                raise DataError(
-                    f"{location}: --columns {new}={old}, but the row has a column {new!r} too; give "
-                    f"that another name, such as --columns unused={new} --ignore_columns unused"
+                    f"{location}: --columns {new}={old}, but the row has a column {new!r} too; set "
+                    f"--columns {new}={old} unused={new} --ignore_columns unused"
                 )
         return {self.columns.get(name, name): value for name, value in row.items()}
+
+    def check_found(self, rows: list[dict[str, Any]], name: str) -> None:
+        """Raise for a column that no row has, under either of its names.
+
+        Args:
+            rows: of one source, as read.
+            name: of the source.
+
+        Raises:
+            DataError: names the column and those that there are.
+        """
+        there = {column for row in rows for column in row}
+        for old, new in self.columns.items() if rows else ():
+            if old not in there and new not in there:
+                raise DataError(
+                    f"{name}: --columns {new}={old}, but its first rows have no column {old!r}; "
+                    f"they have {', '.join(sorted(map(str, there)))}"
+                )
 
     def _with_keys(self, row: dict[str, Any]) -> dict[str, Any]:
         return {

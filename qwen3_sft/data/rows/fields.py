@@ -1,7 +1,7 @@
 """Every field that data sets carry, by what it means to training: the table behind a refusal.
 
-A field is data of its format, honoured, metadata, or refused by the name of what it is. Nothing else
-passes, unless `--ignore_columns` names it. The names are those of the formats that axolotl,
+A field is data of its format, honoured, metadata, or refused by the name of what it is. Nothing
+else passes, unless `--ignore_columns` names it. The names are those of the formats that axolotl,
 LLaMA-Factory, ms-swift, NeMo, OpenRLHF, torchtune, TRL, verl and the fine-tuning services read, and
 of the columns of public data sets on the hub.
 """
@@ -25,7 +25,7 @@ _METADATA = re.compile(
     r"|subset|config|dataset|dataset_name|datasource|origin|provider|author|user_name|keywords?"
     r"|topics?|domains?|field|subcategory|task|task_type|type|problem_type|question_type|ability"
     r"|level|grade|subjects?|format|locale|country|state|quality|toxicity|toxic|redacted|moderation"
-    r"|openai_moderation|detoxify_moderation|perplexity|ppl|model|model_name|generator|created_by"
+    r"|openai_moderation|detoxify_moderation|.*identifier|perplexity|ppl|model|model_name|generator|created_by"
     r"|usage|finish_reason|stop_reason|logprobs|refusal_score|num_samples|n_turns|turn|turns|rank"
     r"|hashed_ip|header|cache_control|signature|citations|object|service_tier|system_fingerprint"
     # What a request asked the server for; it is not part of the text.
@@ -33,25 +33,24 @@ _METADATA = re.compile(
     r"|presence_penalty|frequency_penalty|parallel_tool_calls|tool_choice|response_format"
     r"|method|name|tool_name|user|is_error|status|end_turn"
 )
-_PLACES_OF_NAME = ("message.", "part.", "call.")  # at a row, `name` and the like may be data
-_NOT_AT_ROWS = frozenset({"name", "tool_name", "user", "status", "turns", "turn", "field", "state"})
+_NOT_AT_ROWS = frozenset({"name", "tool_name", "user", "status", "turns", "field"})
 
 _PREFERENCE = (
-    "a preference between answers (DPO, ORPO, reward models), and this trains on answers alone; keep "
-    "the better one, for instance with --columns completion=chosen --ignore_columns rejected"
+    "a preference between answers (DPO, ORPO, reward models), and this trains on answers alone; "
+    "keep the better one, for instance with --columns completion=chosen --ignore_columns rejected"
 )
 _VISION = "media, and a text model sees none; take a text data set or remove these rows"
 _RL = (
-    "a prompt with what a reward is computed from (RL), and this trains on answers; write the answer "
-    "to learn as an assistant's turn, and name the rest in --ignore_columns"
+    "a prompt with what a reward is computed from (RL), and this trains on answers; write the "
+    "answer to learn as an assistant's turn, and name the rest in --ignore_columns"
 )
 _KTO = (
-    "a judgement whether the answer is good (KTO) or a class, and every answer here is learned; keep "
-    "the good rows and remove the column, or name it in --ignore_columns"
+    "a judgement whether the answer is good (KTO) or a class, and every answer here is learned; "
+    "keep the good rows and remove the column, or name it in --ignore_columns"
 )
 _SEVERAL = (
-    "several answers to one prompt, and one is learned; write it as the answer, and name the rest in "
-    "--ignore_columns"
+    "several answers to one prompt, and one is learned; write it as the answer, and name the rest "
+    "in --ignore_columns"
 )
 _STYLE = "an instruction to a chat template that Qwen's does not have; name it in --ignore_columns"
 
@@ -67,8 +66,8 @@ _REFUSED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"completions|responses|generations|candidates|answers|choices|outputs", _SEVERAL),
         (r"documents|channel|recipient|prefix|partial|chat_template|continue_final_message"
          r"|eot|response_schema", _STYLE),
-        (r"training_detail|train_detail|loss_spans?|spans", "a mask of characters inside an answer, "
-         "and an answer is learned as a whole; split the turn, or name it in --ignore_columns"),
+        (r"training_detail|train_detail|loss_spans?|spans", "a mask of parts of an answer, and an "
+         "answer is learned as a whole; split the turn, or name it in --ignore_columns"),
         (r"seq_lengths?|seqlens|cu_seqlens", "several documents in one row; give each its own row"),
     )
 )  # fmt: skip
@@ -105,20 +104,20 @@ def account(
     Raises:
         DataError: names every such field, what it is, and what to do.
     """
-    unknown = []
-    for name in fields.keys() - set(handled):
+    unknown, refused = [], None
+    for name in sorted(fields.keys() - set(handled), key=str):
         meaning = _meaning(name, prefix) if isinstance(name, str) else None
         if meaning == "" or is_blank(fields[name]):
             continue
-        if meaning:
-            place = f"{where} has {name!r}" if where else f"column {name!r}"
-            source.fail(f"{place}{': this' if where else ''} is {meaning}")
-        unknown.append(str(name))
-    if unknown:
-        listed = " ".join(prefix + name for name in sorted(unknown))
-        holder = f"{where} has" if where else "the row has"
-        source.fail(
-            f"{holder} {'a field' if len(unknown) == 1 else 'fields'} of unknown meaning: {listed}; "
-            f"if nothing is to be learned from it, set --ignore_columns {listed}, else say what it is "
-            "with --columns KNOWN=NAME"
-        )
+        if meaning is None:
+            unknown.append(f"{prefix}{name}")
+        elif refused is None:
+            refused = f"{where} has {name!r}, which" if where else f"column {name!r}"
+            refused += f" is {meaning}"
+    if not (unknown or refused):
+        return
+    listed = " ".join(unknown)
+    problem = f"{where or 'the row'} has fields of unknown meaning: {listed}; if nothing is to be "
+    problem += f"learned from them, set --ignore_columns {listed}, else say what they are with "
+    problem += "--columns KNOWN=NAME"
+    source.fail("; ".join(filter(None, (refused, problem if unknown else None))))

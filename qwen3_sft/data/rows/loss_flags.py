@@ -78,22 +78,21 @@ def message_mask(row: Mapping[str, Any], count: int, source: Source) -> list[boo
         found = name, flags
     if "mask" in row and str(row["mask"]).lower() not in ("user", "human"):
         source.fail(
-            f"column 'mask' is {row['mask']!r}: the role without labels must be the user; remove it "
-            "or set --ignore_columns mask"
+            f"column 'mask' is {row['mask']!r}: the role without labels must be the user; remove "
+            "it or set --ignore_columns mask"
         )
     return found[1] if found else None
 
 
 def _flag(value: Any, what: str, source: Source) -> bool:
     spelled = _SPELLED.get(value.strip().lower()) if isinstance(value, str) else None
-    if spelled is not None:
-        return spelled
-    if isinstance(value, bool | int | float) and value in (0, 1):
-        return bool(value)
-    source.fail(
-        f"{what} is {value!r}, but labels are on or off: set it to 1 or 0, or name the field in "
-        "--ignore_columns"
-    )
+    is_number = isinstance(value, bool | int | float) and value in (0, 1)
+    if spelled is None and not is_number:
+        source.fail(
+            f"{what} is {value!r}, but labels are on or off: set it to 1 or 0, or name the field "
+            "in --ignore_columns"
+        )
+    return bool(value) if spelled is None else spelled
 
 
 def _agreed(

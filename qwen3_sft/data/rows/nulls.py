@@ -4,7 +4,7 @@ Arrow gives every struct the union of all rows' keys and fills in null, in Parqu
 JSON that is written from them alike. A null of a message or of a row always means absent, since
 nothing there can be null. In call arguments and tool results a null may be data; there the other
 rows of the file tell. Arrow fills in every row, so a key that only some have was written by a
-person, and so was its null. In a tool's schema only a default, a constant or an example can be null.
+person, and so was its null. In a tool's schema only a default or an example can be.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ class Fillers:
                 is_names = key in ("properties", "$defs", "definitions") and not is_fields
                 kept[key] = self.schema(item, from_text=from_text, is_fields=is_names)
         return kept
+
+
+NO_FILLERS = Fillers()
 
 
 def find_fillers(rows: Iterable[Mapping[str, Any]]) -> Fillers:

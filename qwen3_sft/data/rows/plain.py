@@ -86,8 +86,8 @@ def _account(row: dict[str, Any], data: tuple[str, ...], source: Source) -> None
     for name in _NEED_CHAT:
         if not is_blank(row.get(name)):
             source.fail(
-                f"column {name!r} has no place beside plain text ({', '.join(data)}); write the row "
-                "as `messages`, for instance with --columns question=prompt answer=completion"
+                f"column {name!r} has no place beside plain text ({', '.join(data)}); write the "
+                "row as `messages`, for instance with --columns question=prompt answer=completion"
             )
     account(row, {*data, *_FLAGS, *_NEED_CHAT}, "", "", source)
 

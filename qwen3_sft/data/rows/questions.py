@@ -98,7 +98,7 @@ def _with_mode(row: dict[str, Any]) -> dict[str, Any]:
     if not switched:
         return row
     kept = {name: value for name, value in row.items() if name not in switched}
-    return {**kept, **{"enable_thinking": value for value in switched.values()}}
+    return {**kept, "enable_thinking": next(iter(switched.values()))}
 
 
 def _parse_history(history: Any, source: Source) -> Turns:

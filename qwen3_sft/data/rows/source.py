@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from qwen3_sft.data.rows.nulls import Fillers
+from qwen3_sft.data.rows.nulls import NO_FILLERS, Fillers
 from qwen3_sft.errors import DataError
 
 IGNORED_FIELD = "{name} ignored as told"
@@ -25,7 +25,7 @@ class Reading:
 
     ignored: frozenset[str] = frozenset()
     is_chosen: bool = False
-    fillers: Fillers = Fillers()
+    fillers: Fillers = NO_FILLERS
 
 
 @dataclass(frozen=True, slots=True)

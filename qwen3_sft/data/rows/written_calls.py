@@ -77,8 +77,8 @@ def split_responses(text: str, where: str, source: Source) -> list[str]:
 
 def _fail(text: str, at: int, problem: str, where: str, source: Source) -> NoReturn:
     source.fail(
-        f"{where} has {problem} (character {at}: {text[at : at + 40]!r}); close each block, and put "
-        "calls into tool_calls if the text is meant as text"
+        f"{where} has {problem} (character {at}: {text[at : at + 40]!r}); close each block, and "
+        "put calls into tool_calls if the text is meant as text"
     )
 
 

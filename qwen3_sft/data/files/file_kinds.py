@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen3_sft.data.compressed import COMPRESSED, kind_of
-from qwen3_sft.data.csv_rows import csv_rows
+from qwen3_sft.data.files.compressed import COMPRESSED, kind_of
+from qwen3_sft.data.files.csv_rows import csv_rows
+from qwen3_sft.data.files.txt_rows import TxtRows, txt_rows
 from qwen3_sft.data.json_rows import Row, json_rows, jsonl_rows
 from qwen3_sft.data.table_rows import arrow_rows, parquet_rows
 from qwen3_sft.data.tally import Tally
-from qwen3_sft.data.txt_rows import TxtRows, txt_rows
 from qwen3_sft.errors import DataError
 
 _TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")

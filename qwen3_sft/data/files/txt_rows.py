@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from qwen3_sft.data.compressed import open_bytes
+from qwen3_sft.data.files.compressed import open_bytes
 from qwen3_sft.data.json_rows import Row
 from qwen3_sft.errors import DataError
 
@@ -26,8 +26,8 @@ def txt_rows(path: Path, rows: TxtRows | None) -> Iterator[Row]:
     """
     if rows is None:
         raise DataError(
-            f"{path}: a .txt file does not say where a text ends; set --txt_rows to file, paragraph "
-            "or line"
+            f"{path}: a .txt file does not say where a text ends; set --txt_rows to file, "
+            "paragraph or line"
         )
     with open_bytes(path) as file:
         lines = io.TextIOWrapper(file, encoding="utf-8-sig")

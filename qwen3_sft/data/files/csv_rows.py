@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwen3_sft.data.compressed import open_bytes
+from qwen3_sft.data.files.compressed import open_bytes
 from qwen3_sft.data.json_rows import BadRow, Row
 from qwen3_sft.errors import DataError
 
@@ -47,8 +47,8 @@ def csv_rows(path: Path, delimiter: str, *, drop_bad: bool = False) -> Iterator[
                 yield location, BadRow(error)
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{path}:{reader.line_num + 1}: invalid UTF-8 near this line ({error.reason}); save "
-                "the file as UTF-8"
+                f"{path}:{reader.line_num + 1}: invalid UTF-8 near this line ({error.reason}); "
+                "save the file as UTF-8"
             ) from error
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: broken CSV: {error}") from error
