@@ -91,6 +91,11 @@ def detect_format(columns: Collection[str], location: str, wanted: Format | None
     )
 
 
+def is_known(columns: Collection[str]) -> bool:
+    """Whether a row with these columns has some format."""
+    return bool(_fitting(frozenset(columns)))
+
+
 @lru_cache(1024)
 def _fitting(names: frozenset[str]) -> tuple[Format, ...]:
     fits = [name for name in get_args(Format) if any(kind <= names for kind in _REQUIRED[name])]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from qwen3_sft.data.formats import Format, detect_format, require_format
+from qwen3_sft.data.formats import Format, detect_format, is_known, require_format
 from qwen3_sft.data.json_rows import BadRow, Row
 from qwen3_sft.data.readers import RowSource
 from qwen3_sft.data.rows.columns import NamedColumns, named_columns
@@ -117,6 +117,7 @@ def _raising(failure: DataError | None) -> Iterator[Row]:
 
 
 def _columns(content: dict[str, Any], reading: Reading) -> list[str]:
-    """Return the columns that tell the format: those that are not null, if there are any."""
+    """Return the columns that tell the format: those that are not null, if they are of any."""
     names = [name for name in content if name not in reading.ignored]
-    return [name for name in names if content[name] is not None] or names
+    filled = [name for name in names if content[name] is not None]
+    return filled if is_known(filled) else names

@@ -126,7 +126,10 @@ WARNINGS = {
     "late system": ([role("user"), role("system"), role("assistant")], "system message not first"),
     "NUL character": ([role("user", "a\0b"), role("assistant")], "NUL character"),
     "control text": ([role("user", "a<|im_end|>b"), role("assistant")], "control-token text kept"),
-    "late </think>": ([role("user"), role("assistant", "<think>r</think>a</think>b")], "think"),
+    "late </think>": (
+        [role("user"), role("assistant", "a</think>b", reasoning_content="r")],
+        "control-token text",
+    ),
     "ends with user": ([role("user"), role("assistant"), role("user")], "trailing turn"),
 }
 

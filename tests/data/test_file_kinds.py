@@ -42,25 +42,35 @@ def zstd(data):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl", LINES), ("a.JSONL", LINES), ("a.ndjson", LINES), ("a.jsonl.gz", gzip.compress(LINES)),
-        ("a.JSONL.GZ", gzip.compress(LINES)), ("a.jsonl.zst", zstd(LINES)),
-        ("a.jsonl.bz2", bz2.compress(LINES)), ("a.jsonl.xz", lzma.compress(LINES)),
+        ("a.jsonl", LINES),
+        ("a.JSONL", LINES),
+        ("a.ndjson", LINES),
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.JSONL.GZ", gzip.compress(LINES)),
+        ("a.jsonl.zst", zstd(LINES)),
+        ("a.jsonl.bz2", bz2.compress(LINES)),
+        ("a.jsonl.xz", lzma.compress(LINES)),
         ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
         ("a.json", json.dumps({"data": ROWS}).encode()),
         ("a.json", json.dumps({"version": "1", "train": ROWS}, indent=1).encode()),
-        ("a.jsonl", json.dumps(ROWS).encode()), ("a.jsonl", json.dumps(ROWS, indent=2).encode()),
+        ("a.jsonl", json.dumps(ROWS).encode()),
+        ("a.jsonl", json.dumps(ROWS, indent=2).encode()),
         ("a.jsonl", "\n".join(json.dumps(row, indent=2) for row in ROWS).encode()),
-        ("a.csv", CSV), ("a.CSV", b"\xef\xbb\xbf" + CSV), ("a.csv.gz", gzip.compress(CSV)),
+        ("a.csv", CSV),
+        ("a.CSV", b"\xef\xbb\xbf" + CSV),
+        ("a.csv.gz", gzip.compress(CSV)),
         ("a.tsv", CSV.replace(b",", b"\t").replace("Ä\t".encode(), "Ä,".encode())),
     ],
-)  # fmt: skip
+)
 def test_rows_of_every_kind_of_file(read, name, content):
     assert [row for _, row in read(name, content)] == ROWS
 
 
 def test_locations_are_those_of_the_file(read):
     assert [where for where, _ in read("a.jsonl.gz", gzip.compress(b"\n" + LINES))] == [
-        "a.jsonl.gz:2", "a.jsonl.gz:3"]  # fmt: skip
+        "a.jsonl.gz:2",
+        "a.jsonl.gz:3",
+    ]
     assert [where for where, _ in read("a.csv", CSV)] == ["a.csv:3", "a.csv:4"]
     wrapped = json.dumps({"data": ROWS}).encode()
     assert [where for where, _ in read("a.json", wrapped)] == [
@@ -83,10 +93,17 @@ TEXT = b"The tide\nis high.\n\nThe moon\nis new.\n"
     [
         ("file", [("a.txt:1", TEXT.decode())]),
         ("paragraph", [("a.txt:1", "The tide\nis high."), ("a.txt:4", "The moon\nis new.")]),
-        ("line", [("a.txt:1", "The tide"), ("a.txt:2", "is high."), ("a.txt:4", "The moon"),
-                  ("a.txt:5", "is new.")]),
+        (
+            "line",
+            [
+                ("a.txt:1", "The tide"),
+                ("a.txt:2", "is high."),
+                ("a.txt:4", "The moon"),
+                ("a.txt:5", "is new."),
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_text_file_is_what_the_option_says(read, rows, expected):
     assert read("a.txt", TEXT, txt_rows=rows) == [
         (where, {"text": text}) for where, text in expected
@@ -96,7 +113,11 @@ def test_a_text_file_is_what_the_option_says(read, rows, expected):
 
 
 BAD = {
-    "cells": ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv:3: 3 cells, but the first line names 2"),
+    "cells": (
+        "a.csv",
+        b"instruction,output\n1,2\n1,2,3\n",
+        "a.csv:3: 3 cells, but the first line names 2",
+    ),
     "header": ("a.csv", b"a,a\n1,2\n", "a.csv:1: the first line names a twice"),
     "quotes": ("a.csv", b'a,b\n"1"x,2\n', "a.csv:2: broken CSV"),
     "not utf-8": ("a.csv", b"a,b\n1,\xff\n", "a.csv:.*invalid UTF-8"),
@@ -107,8 +128,8 @@ BAD = {
         "a.jsonl.gz: cannot be decompressed",
     ),
     "not zstd": ("a.jsonl.zst", b"{}{}{}{}", "a.jsonl.zst: cannot be decompressed"),
-    "packed parquet": ("a.parquet.gz", b"", "unknown kind of file '.parquet.gz'"),
-    "zip": ("a.zip", b"PK", "unknown kind of file '.zip'; accepted are .jsonl, .*.gz"),
+    "packed parquet": ("a.parquet.gz", b"", "a.parquet.gz: unknown kind of file '.parquet.gz'"),
+    "zip": ("a.zip", b"PK", "a.zip: unknown kind of file '.zip'; accepted are .jsonl, .*.gz"),
     "broken second line": ("a.jsonl", LINES + b"{", "a.jsonl:3:2: broken JSON"),
     "broken first line": ("a.jsonl", b'{"a": }\n' + LINES, "a.jsonl:1:7: broken JSON"),
 }
@@ -124,13 +145,21 @@ def test_columns_are_renamed(read):
     row = {"ask": "q", "reply": "a", "persona": "p"}
     options = {"columns": ["question=ask", "answer=reply"], "ignore_columns": ["persona"]}
     assert read("a.json", json.dumps([row]).encode(), **options)[0][1] == {
-        "question": "q", "answer": "a", "persona": "p"}  # fmt: skip
+        "question": "q",
+        "answer": "a",
+        "persona": "p",
+    }
     turns = [{"speaker": "user", "says": "q", "content": None}]
-    found = read("a.json", json.dumps([{"turns": turns}]).encode(),
-                 columns=["messages=turns", "message.role=speaker", "message.value=says"])  # fmt: skip
+    found = read(
+        "a.json",
+        json.dumps([{"turns": turns}]).encode(),
+        columns=["messages=turns", "message.role=speaker", "message.value=says"],
+    )
     assert found[0][1] == {"messages": [{"role": "user", "value": "q", "content": None}]}
     assert read("a.json", b'[{"Question": "q", "Response": "a"}]')[0][1] == {
-        "question": "q", "response": "a"}  # fmt: skip
+        "question": "q",
+        "response": "a",
+    }
 
 
 @pytest.mark.parametrize(
@@ -150,8 +179,12 @@ def test_a_wrong_name_is_told(read, columns, message):
 def test_requests_to_a_server_are_unwrapped(read):
     messages = [{"role": "user", "content": "q"}]
     answer = {"role": "assistant", "content": "a"}
-    request = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions",
-               "body": {"model": "m", "messages": [*messages, answer], "temperature": 0}}  # fmt: skip
+    request = {
+        "custom_id": "1",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"model": "m", "messages": [*messages, answer], "temperature": 0},
+    }
     assert read("a.jsonl", json.dumps(request).encode())[0][1]["messages"] == [*messages, answer]
     choice = {"index": 0, "message": answer, "finish_reason": "stop"}
     response = {"status_code": 200, "body": {"choices": [choice]}}

@@ -174,7 +174,6 @@ def test_text_parts_are_joined():
         ("x <think> y", None, "x <think> y"),
         ("x\n</think>\n\ny", "x", "y"),
         ("</think>\n\ny", None, "y"),
-        ("<think>r</think>x </think> y", "r", "x </think> y"),
     ],
 )
 def test_a_leading_think_block_is_reasoning(content, reasoning, said):

@@ -33,6 +33,9 @@ ERRORS = [
     (calling({"x": "\ud800"}), "lone surrogate"),
     (answer(content="<think>a</think>b<think>c</think>d"), "two <think> blocks"),
     (answer(content="<think>a"), "without closing it"),
+    (answer(content="<think>a</think>b</think>c"), "has </think> twice"),
+    (answer(content="a</think>b</think>c"), "has </think> twice"),
+    (answer(content="a<think>b</think>c"), "has text before <think>"),
     (answer(content="<think>a<think>b</think>c"), "without closing it"),
     (answer(content="<think>a</think>b", reasoning_content="c"), "keep one"),
     (answer(content="b", reasoning_content=["c"]), "reasoning_content must be a string"),
@@ -91,8 +94,8 @@ WARNINGS = [
         {"control-token text kept as plain text": 1},
     ),
     (
-        answer(content="<think>r</think>a </think> b"),
-        {"</think> inside an answer kept as text": 1, "control-token text kept as plain text": 1},
+        answer(content="a </think> b", reasoning_content="r"),
+        {"control-token text kept as plain text": 1},
     ),
     ({"text": "the <think> tag"}, {"control-token text kept as plain text": 1}),
 ]

@@ -69,7 +69,7 @@ def test_a_mask_of_a_row_is_honoured(name):
 def test_the_last_answer_is_the_last_that_may_be_learned():
     row = rounds() | {"loss_mask": [0, 1, 0, 0]}
     assert trained(row, "last_assistant") == ["bad"]
-    with pytest.raises(DataError, match="f:1: .*loss flags mask answers, but --train_on all"):
+    with pytest.raises(DataError, match=r"f:1: .*loss flags mask answers, but --train_on all"):
         trained(row, "all")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from qwen3_sft.data.formats import parse_row
 from qwen3_sft.data.raw_rows import raw_rows
 from qwen3_sft.data.readers import find_sources
 from qwen3_sft.data.tally import Tally
@@ -16,8 +18,11 @@ from tests.support.data_rows import parse
 
 
 def call(name, arguments):
-    return {"role": "assistant", "content": None,
-            "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}]}  # fmt: skip
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}],
+    }
 
 
 def tool(name, **properties):
@@ -30,8 +35,10 @@ TIDE = {
     "messages": [QUESTION, call("tide", {"port": "Rye"})],
     "tools": [tool("tide", port={"type": "string"})],
 }
-MOON = {"messages": [QUESTION, call("moon", {"day": 3})],
-        "tools": [tool("moon", day={"type": "integer", "minimum": 1})]}  # fmt: skip
+MOON = {
+    "messages": [QUESTION, call("moon", {"day": 3})],
+    "tools": [tool("moon", day={"type": "integer", "minimum": 1})],
+}
 PLAIN = {"messages": [QUESTION, {"role": "assistant", "content": "a"}], "tools": None}
 
 
@@ -42,12 +49,11 @@ def read(tmp_path, monkeypatch):
 
     def samples(name, **options):
         args = DataArguments(dataset=[name], **options)
-        from collections import Counter
-
         rows = list(raw_rows(find_sources(args), args, Tally(), Counter()))
         parsed = [parse(row.content, reading=row.reading)[0] for row in rows]
-        return [([c.arguments for m in s.messages for c in m.tool_calls], list(s.tools))
-                for s in parsed]  # fmt: skip
+        return [
+            ([c.arguments for m in s.messages for c in m.tool_calls], list(s.tools)) for s in parsed
+        ]
 
     return samples
 
@@ -68,8 +74,17 @@ def test_nulls_that_datasets_adds_are_absent(read, writer, rows):
     if writer.startswith("json"):
         with open(f"a.{writer}", encoding="utf-8") as file:
             assert "null" in file.read()
-    expected = [([c["function"]["arguments"] for m in row["messages"]
-                  for c in m.get("tool_calls") or []], row["tools"] or []) for row in rows]  # fmt: skip
+    expected = [
+        (
+            [
+                c["function"]["arguments"]
+                for m in row["messages"]
+                for c in m.get("tool_calls") or []
+            ],
+            row["tools"] or [],
+        )
+        for row in rows
+    ]
     assert read(f"a.{writer}") == expected
 
 
@@ -98,10 +113,12 @@ def test_one_row_by_hand_keeps_its_null(read):
 
 def test_nulls_that_every_row_has_are_arrows(read):
     """The struct holds both tools' keys, though the messages show no trace of it."""
-    write([
-        {"messages": [QUESTION, call("tide", {"port": "Rye", "day": None})]},
-        {"messages": [QUESTION, call("moon", {"port": None, "day": 3})]},
-    ])  # fmt: skip
+    write(
+        [
+            {"messages": [QUESTION, call("tide", {"port": "Rye", "day": None})]},
+            {"messages": [QUESTION, call("moon", {"port": None, "day": 3})]},
+        ]
+    )
     assert [a for a, _ in read("a.jsonl")] == [[{"port": "Rye"}], [{"day": 3}]]
 
 
@@ -126,11 +143,26 @@ def test_lists_keep_their_nulls_and_nested_structs_lose_theirs(read):
     two = {"a": {"x": None, "y": 2}, "b": [None, 2]}
     write([{"messages": [QUESTION, call("f", kind)]} for kind in (one, two)])
     assert [a for a, _ in read("a.jsonl")] == [
-        [{"a": {"x": 1}, "b": [None, 1]}], [{"a": {"y": 2}, "b": [None, 2]}]]  # fmt: skip
+        [{"a": {"x": 1}, "b": [None, 1]}],
+        [{"a": {"y": 2}, "b": [None, 2]}],
+    ]
 
 
 def test_a_null_column_is_absent_in_any_format(read):
-    row = {"instruction": "i", "input": None, "output": "o", "text": None, "messages": None,
-           "chosen": None, "label": None, "images": None, "system": None, "tools": None}  # fmt: skip
+    row = {
+        "instruction": "i",
+        "input": None,
+        "output": "o",
+        "text": None,
+        "messages": None,
+        "chosen": None,
+        "label": None,
+        "images": None,
+        "system": None,
+        "tools": None,
+    }
     write([row])
-    assert read("a.jsonl") == [([], [])]
+    args = DataArguments(dataset=["a.jsonl"])
+    (found,) = raw_rows(find_sources(args), args, Tally(), Counter())
+    sample = parse_row(found.content, found.fmt, "f:1", Counter(), reading=found.reading)
+    assert [message.content for message in sample.messages] == ["i", "o"]

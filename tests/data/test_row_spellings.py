@@ -22,14 +22,22 @@ def messages(row):
     ("name", "role"),
     [
         *((n, "user") for n in ("user", "human", "Human", "USER", "prompter", " user ")),
-        *((n, "assistant") for n in ("assistant", "gpt", "chatgpt", "bing", "bard", "Assistant", "model")),
+        *(
+            (n, "assistant")
+            for n in ("assistant", "gpt", "chatgpt", "bing", "bard", "Assistant", "model")
+        ),
         *((n, "system") for n in ("system", "System", "developer")),
         *((n, "tool") for n in ("tool", "function", "observation", "ipython", "tool_response")),
     ],
-)  # fmt: skip
+)
 def test_roles(name, role):
-    for keys in (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"),
-                 ("role", "text")):  # fmt: skip
+    for keys in (
+        ("role", "content"),
+        ("from", "value"),
+        ("role", "value"),
+        ("from", "content"),
+        ("role", "text"),
+    ):
         turn = dict(zip(keys, (name, "x"), strict=True))
         turns = [turn, USER, ANSWER] if role == "system" else [USER, ANSWER, turn, ANSWER]
         assert Message(role, "x") in messages(chat(*turns))
@@ -39,13 +47,18 @@ def test_roles(name, role):
 @pytest.mark.parametrize(
     "content",
     [
-        TIDE, [TIDE], json.dumps(TIDE), json.dumps([TIDE]),
-        f"<tool_call>\n{json.dumps(TIDE)}\n</tool_call>", str(TIDE),
+        TIDE,
+        [TIDE],
+        json.dumps(TIDE),
+        json.dumps([TIDE]),
+        f"<tool_call>\n{json.dumps(TIDE)}\n</tool_call>",
+        str(TIDE),
         {"name": "tide", "arguments": json.dumps(TIDE["arguments"])},
         {"name": "tide", "arguments": json.dumps(json.dumps(TIDE["arguments"]))},
-        {"type": "function", "function": TIDE}, {"name": "tide", "parameters": {"port": "Rye"}},
+        {"type": "function", "function": TIDE},
+        {"name": "tide", "parameters": {"port": "Rye"}},
     ],
-)  # fmt: skip
+)
 def test_turns_that_are_calls(role, content):
     turns = messages(chat(USER, {"role": role, "content": content}))
     assert turns == [Message("user", "q"), Message("assistant", "", None, (CALL,))]
@@ -57,9 +70,12 @@ def test_turns_that_are_calls(role, content):
 
 @pytest.mark.parametrize(
     "content",
-    [f"<think>need tool</think>{json.dumps(TIDE)}", f"need tool\n</think>\n\n{json.dumps(TIDE)}",
-     f"<think>\nneed tool\n</think>\n<tool_call>{json.dumps(TIDE)}</tool_call>"],
-)  # fmt: skip
+    [
+        f"<think>need tool</think>{json.dumps(TIDE)}",
+        f"need tool\n</think>\n\n{json.dumps(TIDE)}",
+        f"<think>\nneed tool\n</think>\n<tool_call>{json.dumps(TIDE)}</tool_call>",
+    ],
+)
 def test_a_call_after_reasoning(content):
     turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": content}]
     assert messages({"conversations": turns})[1] == Message("assistant", "", "need tool", (CALL,))
@@ -73,8 +89,12 @@ def test_a_call_without_arguments(arguments):
 
 def test_openais_old_call():
     call = {"name": "tide", "arguments": '{"port": "Rye"}'}
-    row = chat(USER, {"role": "assistant", "content": None, "function_call": call},
-               {"role": "function", "name": "tide", "content": "4"}, ANSWER)  # fmt: skip
+    row = chat(
+        USER,
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", "name": "tide", "content": "4"},
+        ANSWER,
+    )
     assert messages(row)[1:3] == [Message("assistant", "", None, (CALL,)), Message("tool", "4")]
     both = {"tool_calls": [{"function": call}], "function_call": {"name": "other"}}
     with pytest.raises(DataError, match="tool_calls and function_call, which differ"):
@@ -84,19 +104,25 @@ def test_openais_old_call():
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ({"height": 4, "at": None}, '{"height": 4, "at": null}'), ([1, 2], "[1, 2]"), (4, "4"),
-        (None, ""), (True, "true"), ("4", "4"), ([{"type": "text", "text": "4"}], "4"),
-        ({"höhe": "4"}, '{"höhe": "4"}'), ([{"height": 4}], '[{"height": 4}]'),
+        ({"height": 4, "at": None}, '{"height": 4, "at": null}'),
+        ([1, 2], "[1, 2]"),
+        (4, "4"),
+        (None, ""),
+        (True, "true"),
+        ("4", "4"),
+        ([{"type": "text", "text": "4"}], "4"),
+        ({"höhe": "4"}, '{"höhe": "4"}'),
+        ([{"height": 4}], '[{"height": 4}]'),
     ],
-)  # fmt: skip
+)
 def test_results_of_tools(content, text):
     row = chat(USER, ANSWER, {"role": "tool", "content": content}, ANSWER)
     assert messages(row)[2] == Message("tool", text)
 
 
-@pytest.mark.parametrize("key", [
-    "reasoning_content", "reasoning", "thinking", "thought", "reasoning_text",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key", ["reasoning_content", "reasoning", "thinking", "thought", "reasoning_text"]
+)
 def test_reasoning_under_every_key(key):
     expected = Message("assistant", "a", "why")
     assert messages(answer(content="a", **{key: "why"}))[1] == expected
@@ -131,81 +157,18 @@ def test_reasoning_under_every_key(key):
         parse(chat({**USER, key: "why"}, ANSWER))
 
 
-@pytest.mark.parametrize("part", [
-    {"type": "thinking", "thinking": "why", "signature": "s"}, {"type": "reasoning", "text": "why"},
-    {"type": "thinking", "value": "why"}, {"type": "reasoning", "content": "why"},
-])  # fmt: skip
-def test_reasoning_in_parts(part):
-    row = answer(content=[part, {"type": "text", "text": "a"}])
-    assert messages(row)[1] == Message("assistant", "a", "why")
-
-
-def test_reasoning_details_are_read():
-    details = [{"type": "reasoning.text", "text": "wh"}, {"type": "reasoning.text", "text": "y"}]
-    assert messages(answer(content="a", reasoning_details=details))[1].reasoning == "why"
-    with pytest.raises(DataError, match="reasoning_details must be a list of texts"):
-        parse(answer(content="a", reasoning_details=[{"type": "reasoning.encrypted", "data": "x"}]))
-
-
-@pytest.mark.parametrize("key", ["text", "value", "content"])
-def test_text_parts_under_every_key(key):
-    row = chat({"role": "user", "content": [{"type": "text", key: "q"}]}, ANSWER)
-    assert messages(row)[0] == Message("user", "q")
-    parts = [{"type": "output_text", key: "a"}]
-    assert messages(chat(USER, {"role": "assistant", "content": parts}))[1] == Message(
-        "assistant", "a"
-    )
-
-
-def test_parts_of_anthropic_are_calls_and_results():
-    row = chat(
-        {"role": "user", "content": "tide?"},
-        {"role": "assistant", "content": [
-            {"type": "thinking", "thinking": "look", "signature": "x"},
-            {"type": "text", "text": "I look."},
-            {"type": "tool_use", "id": "t1", "name": "tide", "input": {"port": "Rye"}}]},
-        {"role": "user", "content": [
-            {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "4"}]},
-            {"type": "text", "text": "So?"}]},
-        {"role": "assistant", "content": "4 m"},
-    )  # fmt: skip
-    assert messages(row) == [
-        Message("user", "tide?"), Message("assistant", "I look.", "look", (CALL,)),
-        Message("tool", "4"), Message("user", "So?"), Message("assistant", "4 m"),
-    ]  # fmt: skip
-
-
-def test_parts_of_llama_factory():
-    call = [{"type": "reasoning", "value": "why"}, {"type": "tool_call", "value": json.dumps(TIDE)}]
-    row = chat(
-        {"role": "user", "content": [{"type": "text", "value": "q"}], "loss_weight": 0.0},
-        {"role": "assistant", "content": call, "loss_weight": 1.0},
-    )
-    assert messages(row)[1] == Message("assistant", "", "why", (CALL,))
-
-
-@pytest.mark.parametrize(
-    ("part", "words"),
-    [
-        ({"type": "image_url", "image_url": {"url": "x"}}, "of type 'image_url', which a text model"),
-        ({"type": "input_audio"}, "of type 'input_audio'"), ({"type": "video"}, "of type 'video'"),
-        ({"type": "redacted_thinking", "data": "x"}, "reasoning that its provider has encrypted"),
-        ({"type": "refusal", "refusal": "no"}, "a refusal apart from the text"),
-        ({"type": "text"}, "text part with none of"), ({"text": 3}, "must have a string under 'text'"),
-        ({"type": "text", "text": "a", "value": "b"}, "text part with text and value"),
-        ({"type": "tool_result", "content": "x"}, "a part for results"), (3, "must be a part"),
-    ],
-)  # fmt: skip
-def test_parts_that_cannot_be_learned_are_named(part, words):
-    with pytest.raises(DataError, match=rf"^f:1: messages\[1\].*{words}"):
-        parse(answer(content=[part]))
-
-
 @pytest.mark.parametrize(
     ("ask", "say"),
-    [("query", "response"), ("question", "answer"), ("question", "response"), ("prompt", "response"),
-     ("input", "output"), ("user", "assistant"), ("instruction", "response")],
-)  # fmt: skip
+    [
+        ("query", "response"),
+        ("question", "answer"),
+        ("question", "response"),
+        ("prompt", "response"),
+        ("input", "output"),
+        ("user", "assistant"),
+        ("instruction", "response"),
+    ],
+)
 def test_pairs_of_columns_are_a_chat(ask, say):
     expected = [Message("user", "q"), Message("assistant", "a", "why")]
     assert messages({ask: "q", say: "<think>why</think>a"}) == expected
@@ -231,11 +194,14 @@ def test_a_switch_beside_a_pair_is_no_reasoning():
 @pytest.mark.parametrize(
     "turns",
     [
-        [{"human": "q", "assistant": "a"}], [{"user": "q", "gpt": "a"}],
-        [{"input": "q", "output": "a"}], json.dumps([USER, ANSWER]), str([USER, ANSWER]),
+        [{"human": "q", "assistant": "a"}],
+        [{"user": "q", "gpt": "a"}],
+        [{"input": "q", "output": "a"}],
+        json.dumps([USER, ANSWER]),
+        str([USER, ANSWER]),
         [{"role": "user", "value": "q"}, {"from": "gpt", "content": "a"}],
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("column", ["messages", "conversations", "conversation"])
 def test_lists_of_turns(turns, column):
     assert messages({column: turns}) == [Message("user", "q"), Message("assistant", "a")]

@@ -15,11 +15,15 @@ TOOLS = [
         "name": "tide",
         "parameters": {
             "type": "object",
-            "properties": {"port": {"type": "string"}, "day": {"type": "integer"},
-                           "now": {"type": "boolean"}, "at": {"type": "array"}},
+            "properties": {
+                "port": {"type": "string"},
+                "day": {"type": "integer"},
+                "now": {"type": "boolean"},
+                "at": {"type": "array"},
+            },
         },
     }
-]  # fmt: skip
+]
 
 
 def said(content, **columns):
@@ -36,21 +40,34 @@ def said(content, **columns):
         (f"{BLOCK}\n{BLOCK}", (None, "", (TIDE, TIDE))),
         (f"<think>\nwhy\n</think>\n\n{BLOCK}", ("why", "", (TIDE,))),
         (f"why\n</think>\n\nI look.\n{BLOCK}<|im_end|>\n", ("why", "I look.", (TIDE,))),
-        ('<tool_call>{"arguments": {"port": "Rye"}, "name": "tide"}</tool_call>', (None, "", (TIDE,))),
-        ("<tool_call>\n{'name': 'tide', 'arguments': {'port': 'Rye'}}\n</tool_call>",
-         (None, "", (TIDE,))),
-        ('<tool_call>{"name": "tide", "arguments": "{\\"port\\": \\"Rye\\"}"}</tool_call>',
-         (None, "", (TIDE,))),
-        ('<tool_call>[{"name": "tide", "arguments": {"port": "Rye"}}]</tool_call>',
-         (None, "", (TIDE,))),
-        ('<tool_call>{"name": "f", "arguments": {"x": "</tool_call>"}}</tool_call>',
-         (None, "", (ToolCall("f", {"x": "</tool_call>"}),))),
-        ("<tool_call>\n<function=tide>\n<parameter=port>\nRye\n</parameter>\n<parameter=day>\n4\n"
-         "</parameter>\n<parameter=now>\nTrue\n</parameter>\n<parameter=at>\n[1]\n</parameter>\n"
-         "</function>\n</tool_call>",
-         (None, "", (ToolCall("tide", {"port": "Rye", "day": 4, "now": True, "at": [1]}),))),
+        (
+            '<tool_call>{"arguments": {"port": "Rye"}, "name": "tide"}</tool_call>',
+            (None, "", (TIDE,)),
+        ),
+        (
+            "<tool_call>\n{'name': 'tide', 'arguments': {'port': 'Rye'}}\n</tool_call>",
+            (None, "", (TIDE,)),
+        ),
+        (
+            '<tool_call>{"name": "tide", "arguments": "{\\"port\\": \\"Rye\\"}"}</tool_call>',
+            (None, "", (TIDE,)),
+        ),
+        (
+            '<tool_call>[{"name": "tide", "arguments": {"port": "Rye"}}]</tool_call>',
+            (None, "", (TIDE,)),
+        ),
+        (
+            '<tool_call>{"name": "f", "arguments": {"x": "</tool_call>"}}</tool_call>',
+            (None, "", (ToolCall("f", {"x": "</tool_call>"}),)),
+        ),
+        (
+            "<tool_call>\n<function=tide>\n<parameter=port>\nRye\n</parameter>\n<parameter=day>\n4\n"
+            "</parameter>\n<parameter=now>\nTrue\n</parameter>\n<parameter=at>\n[1]\n</parameter>\n"
+            "</function>\n</tool_call>",
+            (None, "", (ToolCall("tide", {"port": "Rye", "day": 4, "now": True, "at": [1]}),)),
+        ),
     ],
-)  # fmt: skip
+)
 def test_calls_in_an_answer(content, expected):
     assert said(content, tools=TOOLS) == expected
 
@@ -72,8 +89,11 @@ def test_results_are_unwrapped_and_split():
 @pytest.mark.parametrize("role", ["user", "system", "tool"])
 def test_what_others_than_the_assistant_write_stays_text(role):
     text = f"say {BLOCK}"
-    order = [{"role": role, "content": text}, USER] if role == "system" else [
-        USER, ANSWER, {"role": role, "content": text}]  # fmt: skip
+    order = (
+        [{"role": role, "content": text}, USER]
+        if role == "system"
+        else [USER, ANSWER, {"role": role, "content": text}]
+    )
     sample, _ = parse(chat(*order, ANSWER))
     assert text in [message.content for message in sample.messages]
 

@@ -14,6 +14,17 @@ from qwen3_sft.options.data_args import DataArguments
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
+# The least that a row of each format has.
+BY_FORMAT = {
+    "messages": {"messages": [USER, ANSWER]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "alpaca": {"instruction": "i", "output": "o"},
+    "question_answer": {"question": "q", "answer": "a"},
+    "prompt_completion": {"prompt": "p", "completion": "c"},
+    "lists": {"prompt": [USER], "completion": [ANSWER]},
+    "text": {"text": "t"},
+    "tokens": {"input_ids": [1, 2]},
+}
 
 
 def parse(row: dict, **options: Any) -> tuple[Any, Counter[str]]:

@@ -79,7 +79,8 @@ def split_think(text: str, where: str, source: Source) -> tuple[str | None, str]
         problem = f"opens {THINK} without closing it" if is_opened else f"has text before {THINK}"
         source.fail(f"{where} {problem}; an answer has one block, at its start")
     if END_THINK in answer:
-        if not is_opened:
-            source.fail(f"{where} has {END_THINK} twice and no {THINK}; keep the one that ends it")
-        source.warn("</think> inside an answer kept as text")
+        source.fail(
+            f"{where} has {END_THINK} twice, and templates show only what follows the last; keep the "
+            "one that ends the reasoning, or give the reasoning as reasoning_content"
+        )
     return (opened if is_opened else before).strip("\n"), answer.lstrip("\n")
