@@ -7,6 +7,7 @@ trained on is an error with the place in the row; what is only odd is counted an
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -38,6 +39,8 @@ _CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # an assistant's tur
 # A turn of several: {"user": question, "assistant": answer}; xtuner's input and output.
 _PAIRED: dict[str, Role] = {**_ROLES, "input": "user", "output": "assistant"}
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
+# What has to be looked at: control tokens, lone surrogates, NUL.
+_SPECIAL = re.compile(r"<\||</?(?:think|tool_)|\0|[\ud800-\udfff]")
 _HANDLED = frozenset(
     {*_ROLE_KEYS, *_CONTENT_KEYS, "tool_calls", "function_call", "tools", "functions"}
     | MESSAGE_FLAGS
@@ -125,6 +128,9 @@ def check_order(messages: tuple[Message, ...], source: Source) -> None:
 def _parse_turn(
     turns: Turns, turn: Any, index: int, where: str, source: Source, tools: Tools
 ) -> None:
+    if (plain := _plain_message(turn)) and not source.reading.ignored:
+        turns.add(plain, index)
+        return
     if not isinstance(turn, dict):
         source.fail(f"{where} must be a message, found {describe(turn)}")
     fields = source.kept(turn, "message.")
@@ -159,6 +165,23 @@ def _parse_turn(
     else:
         _refuse_answers_fields(fields, role, where, source)
         _add_context(turns, role, content, index, where, source)
+
+
+def _plain_message(turn: Any) -> Message | None:
+    """Return a message of a role and a text in which nothing is to be found, as most are."""
+    if type(turn) is not dict or len(turn) != 2:
+        return None
+    if "role" in turn:
+        name, text = turn["role"], turn.get("content")
+    else:
+        name, text = turn.get("from"), turn.get("value")
+    if type(text) is not str or type(name) is not str:
+        return None
+    role = _ROLES.get(name)
+    if role is None or role == "tool" or not text or text.isspace():
+        return None
+    is_simple = text.isascii() and "<" not in text and "\0" not in text
+    return Message(role, text) if is_simple or not _SPECIAL.search(text) else None
 
 
 def _is_pair(fields: dict[str, Any]) -> bool:

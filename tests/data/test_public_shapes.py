@@ -98,7 +98,8 @@ SHAPES: dict[str, tuple[dict, dict, list, list | None]] = {
     "open-r1/OpenR1-Math-220k": (
         {"problem": "2 + 2?", "solution": "See: 4.", "answer": "4", "problem_type": "Algebra",
          "question_type": "math-word-problem", "source": "s", "uuid": "u",
-         "generations": ["a", "b"], "messages": [THOUGHT[0], gpt("<think>\nTwo and two.\n</think>\n\n4")]},
+         "generations": ["a", "b"],
+         "messages": [THOUGHT[0], gpt("<think>\nTwo and two.\n</think>\n\n4")]},
         {"ignore_columns": ["solution", "generations"]}, THOUGHT, None),
     "LLaMA-Factory glaive_toolcall": (
         {"conversations": sharegpt(("human", "Tide at Rye?"), ("function_call", CALL_TEXT),
@@ -138,7 +139,8 @@ SHAPES: dict[str, tuple[dict, dict, list, list | None]] = {
         {"Question": "2 + 2?", "Complex_CoT": "Two and two.", "Response": "4"},
         {"columns": ["reasoning=Complex_CoT"]}, THOUGHT, None),
     "nvidia/Llama-Nemotron-Post-Training-Dataset": (
-        {"input": [user("2 + 2?")], "output": "<think>\nTwo and two.\n</think>\n\n4", "version": "v1",
+        {"input": [user("2 + 2?")], "output": "<think>\nTwo and two.\n</think>\n\n4",
+         "version": "v1",
          "category": "math", "license": "l", "reasoning": "on",
          "generator": "m",
          "used_in_training": "no", "system_prompt": "Be brief."},
@@ -194,7 +196,7 @@ REFUSED = {
          "reward_model": {"style": "rule", "ground_truth": "4"}, "extra_info": {"index": 0}},
         "reinforcement learning"),
     "liuhaotian/LLaVA-Instruct-150K": (
-        {"id": "1", "image": "a.jpg", "conversations": sharegpt(("human", "<image>"), ("gpt", "a"))},
+        {"id": "1", "image": "a.jpg", "conversations": sharegpt(("human", "x"), ("gpt", "a"))},
         "media, and a text model sees none"),
     "OpenR1 without a word on its columns": (
         {"messages": ONE, "generations": ["a"], "solution": "s"}, "several answers"),

@@ -116,8 +116,9 @@ def make_conversation(
     Raises:
         DataError: for what cannot be trained on.
     """
-    handled = {*columns, *CHAT_COLUMNS, *_copies(row, turns.messages)}
-    account(row, handled, "", "", source)
+    if more := row.keys() - CHAT_COLUMNS - set(columns):
+        handled = row.keys() - more | set(_copies(row, turns.messages))
+        account(row, handled, "", "", source)
     messages = tuple(turns.messages)
     system = parse_system(row, source)
     if system and messages and messages[0].role == "system":

@@ -80,7 +80,7 @@ def split_think(text: str, where: str, source: Source) -> tuple[str | None, str]
         source.fail(f"{where} {problem}; an answer has one block, at its start")
     if END_THINK in answer:
         source.fail(
-            f"{where} has {END_THINK} twice, and templates show only what follows the last; keep the "
-            "one that ends the reasoning, or give the reasoning as reasoning_content"
+            f"{where} has {END_THINK} twice, and templates show only what follows the last; keep "
+            "the one that ends the reasoning, or give the reasoning as reasoning_content"
         )
     return (opened if is_opened else before).strip("\n"), answer.lstrip("\n")
