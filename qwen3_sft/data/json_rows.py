@@ -82,8 +82,8 @@ def is_one_per_line(path: Path) -> bool:
         json.loads(line.decode())
     except json.JSONDecodeError as error:
         return not (line.startswith(b"{") and error.pos >= len(error.doc.rstrip()))
-    except (UnicodeDecodeError, ValueError, RecursionError):
-        pass
+    except (ValueError, RecursionError):  # told with its place once the line is read
+        return True
     return True
 
 

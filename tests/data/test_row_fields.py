@@ -116,6 +116,11 @@ def test_data_of_another_kind_is_refused_by_its_name(name, value, words):
         ),
         ({"prompt": [USER], "reward_model": {"ground_truth": "4"}, "data_source": "d"}, r"\(RL\)"),
         ({"prompt": [USER]}, "a prompt without an answer"),
+        (chat(USER, answer="4"), "no assistant turn, but answer: this is an RL prompt"),
+        (
+            chat(USER, solution="4", ground_truth="4"),
+            "but solution and ground_truth: this is an RL",
+        ),
         ({"prompt": "p", "solution": "s"}, "--columns question=prompt answer=solution"),
         ({"prompt": "p", "completions": ["a"], "labels": [True]}, "process reward model"),
         ({"prompt": "p", "label": 1}, "KTO"),

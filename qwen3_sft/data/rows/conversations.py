@@ -11,6 +11,7 @@ from qwen3_sft.data.rows.content import join_parts
 from qwen3_sft.data.rows.defects import BLANK_ANSWER
 from qwen3_sft.data.rows.fields import account
 from qwen3_sft.data.rows.loss_flags import BY_FLAG, ROW_FLAGS, message_mask, row_flag
+from qwen3_sft.data.rows.refused import prompt_alone
 from qwen3_sft.data.rows.source import Source
 from qwen3_sft.data.rows.values import describe, load_json, warn_control_text
 from qwen3_sft.data.turns import Turns, check_order
@@ -116,6 +117,9 @@ def make_conversation(
     Raises:
         DataError: for what cannot be trained on.
     """
+    has_answer = any(message.role == "assistant" for message in turns.messages)
+    if not has_answer and (problem := prompt_alone(row)):
+        source.fail(problem)
     if more := row.keys() - CHAT_COLUMNS - set(columns):
         handled = row.keys() - more | set(_copies(row, turns.messages))
         account(row, handled, "", "", source)

@@ -17,6 +17,5 @@ NO_TOKENS = Dropped("no tokens")
 ONE_TOKEN = Dropped("one token, nothing to predict")
 BAD_ROW = "a defect (--on_bad_row drop)"
 
-WITHOUT_LOSS = (BLANK_ANSWER, BLANK_TEXT, NO_TOKENS, ONE_TOKEN)
 ASKED_FOR = (BY_FLAG.reason,)
 MOST_LISTED = 1000  # dropped rows that a report names one by one

@@ -37,7 +37,8 @@ _NOT_AT_ROWS = frozenset({"name", "tool_name", "user", "status", "turns", "field
 
 _PREFERENCE = (
     "a preference between answers (DPO, ORPO, reward models), and this trains on answers alone; "
-    "keep the better one, for instance with --columns completion=chosen --ignore_columns rejected"
+    "where the better one stands in the messages already, name the rest in --ignore_columns, else "
+    "write it there, or map it: --columns completion=chosen --ignore_columns rejected"
 )
 _VISION = "media, and a text model sees none; take a text data set or remove these rows"
 _RL = (

@@ -34,6 +34,21 @@ _NO_ANSWER = (
 )
 
 
+_REFERENCES = ("answer", "solution", "ground_truth", "reward_model", "reference",
+               "reference_answer", "expected_answer", "gold", "target", "label")  # fmt: skip
+
+
+def prompt_alone(columns: Collection[str]) -> str | None:
+    """Return what messages without an answer are, if a column beside them tells."""
+    found = [name for name in _REFERENCES if name in columns]
+    if not found:
+        return None
+    return (
+        f"no assistant turn, but {' and '.join(found)}: this is an RL prompt with what its reward "
+        "is computed from, and answers are what is learned here; write them as assistant's turns"
+    )
+
+
 def not_supervised(columns: Collection[str]) -> str | None:
     """Return what a row without a known format is, and what to do; None if nothing tells."""
     names = set(columns)
@@ -42,7 +57,7 @@ def not_supervised(columns: Collection[str]) -> str | None:
             return f"columns {sorted(names)}: {what}"
     if "prompt" in names:
         return (
-            f"columns {sorted(names)} are no known format: {_NO_ANSWER}; accepted are also "
-            "messages | conversations | text | input_ids"
+            f"columns {sorted(names)} are no known format: {_NO_ANSWER}; accepted are "
+            "also messages | conversations | text | input_ids"
         )
     return None
