@@ -42,7 +42,7 @@ PURE_CALLS = {
     "dataclasses.fields", "dict.fromkeys",
     "_at_least", "_one_of",  # options/values.py: rules
     "_no", "_ours", "_works", "JUDGED.items",  # options/judged_options.py: rows of the table
-    "_REQUIRED.values", "_NAMES.items", "Fillers", "Reading", "Dropped",  # data: constant tables, frozen values
+    "_REQUIRED.values", "_NAMES.items", "Fillers", "Reading", "Dropped",  # data: tables
 }  # fmt: skip
 
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
