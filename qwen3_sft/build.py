@@ -114,7 +114,9 @@ def build_trainer(
         engine=engine,
         metrics=metrics,
         run_facts={
-            "identity": decisions.identity, "versions": versions(), "turn_ends": tokens.turn_ends
+            "identity": decisions.identity,
+            "versions": versions(),
+            "turn_ends": tokens.turn_ends,
         },
     )
     _check_engine(trainer, engine)

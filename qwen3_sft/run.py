@@ -218,7 +218,8 @@ def _finish(
     export_model(
         trainer.accelerator.unwrap_model(trainer.model), base, folder.model,
         None if dtype == "auto" else getattr(torch, dtype), turn_ends=turn_ends,
-        layout=options.model.export_layout, source=folder.path, card=model_card(options, versions()),
+        layout=options.model.export_layout, source=folder.path,
+        card=model_card(options, versions()),
     )  # fmt: skip
     if trainer.is_world_process_zero():
         logger.info("%s", write_summary(trainer, folder))

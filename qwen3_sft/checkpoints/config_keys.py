@@ -1,12 +1,12 @@
-"""Keys of a model folder's JSON files under the names that transformers 4 and other readers look for.
+"""Keys of a model's JSON files under the names that transformers 4 and other readers look for.
 
-transformers 5 renamed some keys, and what reads the old name alone takes its default without a word:
-`rope_theta` 10,000 and no yarn in transformers 4.57.3, 128 experts; a list in `extra_special_tokens`
-stops its tokenizer. The old names are written beside the new ones, with the meaning that 4.57.3
-gives them; transformers 5.23 reads both, and the same values from either.
+transformers 5 renamed some keys, and what looks for the old name takes its default without a word:
+`rope_theta` 10,000, no yarn and 128 experts in transformers 4.57.3, whose tokenizer stops at a list
+in `extra_special_tokens`. The old names are written beside the new ones, with the meaning that
+4.57.3 gives them; transformers 5.23 reads both, and the same values from either.
 
 Compared: the config classes of both versions for Qwen3-MoE, Qwen3-VL-MoE and Qwen3-Next. What else
-4.57 has and 5 has not are options of generation, which lie in generation_config.json.
+4.57.3 has and 5.23 has not are options of generation, which lie in generation_config.json.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
             both.setdefault(other, config[name])
     if config.get("dtype") is not None:
         both["torch_dtype"] = config["dtype"]
-    sizes = config.get("hidden_size"), config.get("num_attention_heads")
-    if all(sizes) and "rope_parameters" in config:  # a decoder; mlx-lm has no default for it
-        both.setdefault("head_dim", sizes[0] // sizes[1])
+    width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if width and heads and "rope_parameters" in config:  # a decoder; mlx-lm has no default for it
+        both.setdefault("head_dim", width // heads)
     return both
 
 

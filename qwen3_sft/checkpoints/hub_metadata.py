@@ -1,8 +1,8 @@
-"""The JSON files beside the weights say what was trained: which tokens end a turn, under which keys.
+"""The JSON files beside the weights say what was trained: which tokens end a turn.
 
-A base model's files are right for the base model. Fine-tuned on conversations it ends its turns with
-`<|im_end|>`, which a Base checkpoint does not stop at; so the tokens that the labels end in are
-written where readers look for them, and nothing else of these files changes.
+A base model's files are right for the base model. Fine-tuned on conversations it ends its turns
+with `<|im_end|>`, which a Base checkpoint does not stop at; so the tokens that the labels end in
+are written where readers look for them, and of the rest only names of keys change.
 """
 
 from __future__ import annotations

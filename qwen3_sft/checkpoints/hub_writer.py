@@ -2,8 +2,8 @@
 
 In memory the experts of a layer are two fused tensors; on the hub every expert has its own three
 matrices. transformers' own reverse conversion does that step, for one fused tensor at a time: each
-of them is converted without looking at any other. It would give back the names that the model was
-loaded from; here the names are the family's on the hub, whatever the base had and whoever loaded it.
+of them is converted without looking at any other. By itself it gives back the names that the model
+was loaded from; here they are the family's on the hub, whatever the base had and whoever loaded it.
 """
 
 from __future__ import annotations

@@ -122,9 +122,7 @@ class _Export:
         self._turn_ends = _write_metadata(model, base, self._staging, self.dtype, turn_ends)
         if card is not None:
             (self._staging / "README.md").write_text(card, encoding="utf-8")
-        self._writer = HubWriter(
-            model, self._staging, self.dtype, max_shard_bytes, layout=layout
-        )
+        self._writer = HubWriter(model, self._staging, self.dtype, max_shard_bytes, layout=layout)
         self._layout = layout
         self._digests: dict[str, str] = {}
         # Here a GPU has no room, Liger has replaced classes, or ZeRO-3 would shard what is loaded.
