@@ -131,7 +131,7 @@ def check_stops(model: Any, folder: Path, turn_ends: Sequence[int]) -> None:
         if ids[:1] != list(turn_ends[:1]) or not set(wanted) <= set(ids):
             raise ExportError(f"{folder}: {name} ends at {ids}, trained turns at {wanted}")
     for end in turn_ends:
-        if (length := _generated(model, end)) != 1:
+        if (length := _generated(model, tokenizer, end)) != 1:
             raise ExportError(f"{folder}: generation goes on after {end}, for {length} tokens")
 
 
@@ -148,12 +148,12 @@ class _SayOnly(LogitsProcessor):
 
 
 @torch.no_grad()
-def _generated(model: Any, token: int) -> int:
+def _generated(model: Any, tokenizer: Any, token: int) -> int:
     """Return how many tokens stock generation says until it stops, at most two."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     said = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2,
-        logits_processor=LogitsProcessorList([_SayOnly(token)]),
+        logits_processor=LogitsProcessorList([_SayOnly(token)]), tokenizer=tokenizer,
     )  # fmt: skip
     return said.shape[1] - 1
 

@@ -173,6 +173,24 @@ def test_files_that_are_right_stay_as_they_are(base, tokenizer, tmp_path):
         assert (tmp_path / "model" / name).read_bytes() == (base / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False, "temperature": 0.6},  # as Qwen has released; `save_pretrained` refuses
+        {"do_sample": True, "temperature": 0.6, "num_return_sequences": 2},
+        {"num_beams": 4},
+        {"stop_strings": ["###"]},
+    ],
+)
+def test_settings_of_generation_stay(base, tmp_path, settings):
+    edit(base / "generation_config.json", **settings)
+    export_model(
+        AutoModelForCausalLM.from_pretrained(base), base, tmp_path / "model", turn_ends=[IM_END]
+    )
+    written = content(tmp_path / "model" / "generation_config.json")
+    assert {key: written[key] for key in settings} == settings
+
+
 def test_an_end_that_is_no_special_token_is_not_kept(base, tmp_path):
     edit(base / "generation_config.json", eos_token_id=[17, 100_000])
     export_model(
