@@ -104,7 +104,7 @@ def _run_in(folder: RunFolder, options: Options, peers: PeerWatch) -> int:
     is_whole = _train(trainer, decisions.checkpoint)
     if is_whole and args.stop_after_steps is None:
         with patches.paused(*FP8_PATCHES):  # whoever loads the model will compute without
-            _finish(trainer, options, decisions.options, base, folder)
+            _finish(trainer, options, decisions.options, base, folder, tokens.turn_ends)
     is_first = trainer.is_world_process_zero()
     peers.leave()
     leave_process_group()
@@ -203,13 +203,15 @@ def _write_records(
 
 
 def _finish(
-    trainer: SftTrainer, asked: Options, used: Options, base: Path, folder: RunFolder
-) -> None:
+    trainer: SftTrainer, asked: Options, used: Options, base: Path, folder: RunFolder,
+    turn_ends: list[str],
+) -> None:  # fmt: skip
     """Export the model, say what happened, and mark the run as finished."""
     dtype = used.model.export_dtype
     export_model(
         trainer.accelerator.unwrap_model(trainer.model), base, folder.model,
-        None if dtype == "auto" else getattr(torch, dtype), source=folder.path,
+        None if dtype == "auto" else getattr(torch, dtype), turn_ends=turn_ends,
+        layout=used.model.export_layout, source=folder.path,
         card=model_card(used, versions()),
     )  # fmt: skip
     if trainer.is_world_process_zero():

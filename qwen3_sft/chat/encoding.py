@@ -16,6 +16,7 @@ import numpy as np
 
 from qwen3_sft.chat.pieces import Rendered
 from qwen3_sft.chat.templates import CONTROL_TOKENS
+from qwen3_sft.chat.turn_ends import TurnEnds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ class Encoder:
 
     Attributes:
         eos_token: the tokenizer's end token, for `render_plain`.
+        turn_ends: finds the tokens that end what is labelled.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -52,8 +54,11 @@ class Encoder:
                 f"the tokenizer has no control token {' '.join(missing)}: it is not Qwen3's; use "
                 "the tokenizer files of a Qwen3 model"
             )
+        special = [t["content"] for t in spec["added_tokens"] if t["special"]]
         spec.update(added_tokens=[], truncation=None, padding=None, post_processor=None)
         self._plain = Tokenizer.from_str(json.dumps(spec))
+        newline = self._plain.encode("\n", add_special_tokens=False).ids
+        self.turn_ends = TurnEnds(self._ids, special, self.eos_token, newline)
 
     def encode(self, rendered: Rendered) -> Encoded:
         """Return input_ids (T,) int32 and trained (T,) bool of one sample."""

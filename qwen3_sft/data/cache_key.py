@@ -15,7 +15,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qwen3_sft.chat import encoding, pieces, render, samples, template_process, templates, text
+from qwen3_sft.chat import (
+    encoding,
+    pieces,
+    render,
+    samples,
+    template_process,
+    templates,
+    text,
+    turn_ends,
+)
 from qwen3_sft.data import (
     formats,
     json_rows,
@@ -33,7 +42,7 @@ LAYOUT = 2  # of the cache folder; raise it when the meaning of its files change
 # A row's way to tokens, all of it: a forgotten module would serve stale caches (a test checks).
 TOKENISERS = (
     encoding, formats, json_rows, pieces, raw_rows, readers, render, samples, table_rows, tally,
-    template_process, templates, text, tokenize_rows, turns,
+    template_process, templates, text, tokenize_rows, turn_ends, turns,
 )  # fmt: skip
 _SETTLED_S = 2.0  # a file changed more recently may change again within the clock's resolution
 

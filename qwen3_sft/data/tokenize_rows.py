@@ -67,6 +67,7 @@ class Counts:
     tokens_truncated: int = 0
     tokens_dropped: int = 0
     label_tokens: int = 0
+    turn_ends: Counter[str] = field(default_factory=Counter)
     warnings: Tally = field(default_factory=Tally)
     longest: list[tuple[int, str]] = field(default_factory=list)
 
@@ -74,6 +75,7 @@ class Counts:
         """Add the counts of rows that come after these."""
         for name in ("rows_dropped", "samples_dropped", "warnings"):
             getattr(self, name).merge(getattr(later, name))
+        self.turn_ends += later.turn_ends
         self.longest = heapq.nlargest(NUM_LONGEST, self.longest + later.longest)
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(later, name))
@@ -133,6 +135,9 @@ class RowTokenizer:
                 lost.setdefault(row.number, fitted.reason)
             else:
                 used.append(fitted)
+                counts.turn_ends += self.encoder.turn_ends.count(
+                    ids, trained, len(fitted.ids), is_given=isinstance(rendered, Tokens)
+                )
         _count_rows(rows, used, lost, counts)
         return TokenizedRows(used, counts)
 
