@@ -13,7 +13,7 @@ cd "$QWEN3_SFT_HOME"
 python -m ruff check .
 python -m ruff format --check .
 pyrefly check --summarize-errors
-shellcheck -x environment.sh qwen3_sft.sh qwen3_sft_multinode.sh examples/slurm.sbatch tests/run.sh .ci/run bench/gpu.sh bench/carry.sh
+shellcheck -x environment.sh qwen3_sft.sh qwen3_sft_multinode.sh examples/slurm.sbatch tests/run.sh tests/oldest.sh .ci/run bench/gpu.sh bench/carry.sh
 
 # One thread per worker: the workers share the cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
