@@ -1,13 +1,20 @@
-"""What a run would do, without touching data or weights: options, engine, patches, memory."""
+"""What a run would do, without touching data or weights: options, engine, patches, memory.
+
+It refuses at once what the run would refuse before it reads data; of a folder that is everything
+but the rows and the values of weights, of a hub id what its config.json says.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import yaml
 
 import monkey_patch
-from qwen3_sft.decisions import Machine, decide
+from qwen3_sft.decisions import Machine, check_disk, check_model, check_options, decide
+from qwen3_sft.model.base import checked_base
+from qwen3_sft.model.loading import resolve_model
 from qwen3_sft.model.meta_model import meta_model
 from qwen3_sft.options.recipe import Options
 
@@ -21,14 +28,22 @@ def dry_run(options: Options, environment: Mapping[str, str] | None = None) -> I
 
     Raises:
         ModelError: the model cannot be found or trained.
-        PatchError: a patch does not fit the model.
-        UsageError: the engine does not fit the options or the model.
+        UsageError: the options contradict each other, the engine, the machine or the model.
+        DataError: a dataset is not there.
         DoesNotFitError: after the last line, if the GPU's memory does not suffice.
     """
     yield "options (a recipe that runs again):"
     yield _indent(yaml.safe_dump(options.resolved(), sort_keys=False, allow_unicode=True))
-    model = meta_model(options.model.model_name_or_path, options.model.model_revision)
-    decisions = decide(options, model, Machine.here(options.train), environment)
+    machine = Machine.here(options.train)
+    check_options(options, machine, environment)
+    name = options.model.model_name_or_path
+    if Path(name).is_dir():
+        model = checked_base(resolve_model(name)).model
+    else:
+        model = meta_model(name, options.model.model_revision)
+    decisions = decide(options, model, machine, environment)
+    check_model(decisions, model)
+    check_disk(decisions, model)
     monkey_patch.apply_patches(model, decisions.patches)  # logs each one
     yield from decisions.lines()
     if decisions.advice_line:

@@ -21,7 +21,15 @@ from qwen3_sft.checkpoints.resume import (
     run_identity,
 )
 from qwen3_sft.data.prepare import prepare
-from qwen3_sft.decisions import Decisions, Machine, decide, with_plan
+from qwen3_sft.decisions import (
+    Decisions,
+    Machine,
+    check_disk,
+    check_model,
+    check_options,
+    decide,
+    with_plan,
+)
 from qwen3_sft.demo.build import resolve_demo
 from qwen3_sft.distributed.peer_watch import PeerWatch
 from qwen3_sft.distributed.process_group import join_process_group, leave_process_group
@@ -45,7 +53,7 @@ from qwen3_sft.records.folder_lock import claimed
 from qwen3_sft.records.overlap import refuse_run_over_source
 from qwen3_sft.records.ownership import refuse_foreign_run
 from qwen3_sft.records.run_folder import RunFolder, versions
-from qwen3_sft.training.arguments import check_machine, final_arguments
+from qwen3_sft.training.arguments import final_arguments
 from qwen3_sft.training.callbacks import TellStep
 from qwen3_sft.training.out_of_memory import naming
 from qwen3_sft.training.summary import describe_summary, write_summary
@@ -86,7 +94,7 @@ def run(options: Options, peers: PeerWatch) -> int:
         return DONE
     check_resume(folder, options.train.resume)
     check_allowed(options.train.allow_change)
-    check_machine(options.train)
+    check_options(options, Machine.here(options.train))
     check_token(options.train)
     with claimed(folder):
         return _run_in(folder, options, peers)
@@ -98,6 +106,9 @@ def _run_in(folder: RunFolder, options: Options, peers: PeerWatch) -> int:
     checked = checked_base(resolve_model(name, options.model.model_revision))
     base = checked.folder
     decisions = decide(options, checked.model, Machine.here(options.train))
+    check_model(decisions, checked.model)
+    if os.environ.get("RANK", "0") == "0":  # the others write no more than it
+        check_disk(decisions, checked.model)
     _say(decisions)
     # Outside any process group: this may take hours.
     tokens = _prepare_data(data, checked.tokenizer, options.train.seed)
