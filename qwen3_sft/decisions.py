@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import monkey_patch
 from monkey_patch.core import Patch
 from monkey_patch.fp8_selection import Selection, describe
-from qwen3_sft.data.readers import find_sources
+from qwen3_sft.data.readers import check_sources
 from qwen3_sft.distributed.engine import Engine, check_experts, deepspeed_config, detect
 from qwen3_sft.errors import ModelError
 from qwen3_sft.families.family import Family, require
@@ -183,6 +183,20 @@ def decide(
     return _for_device(decisions, model, machine.device, env)
 
 
+def check_place(options: Options) -> None:
+    """Refuse what this machine lacks: GPUs, datasets, folders to write to.
+
+    Raises:
+        UsageError: naming the option.
+        DataError: a dataset is not there.
+    """
+    check_machine(options.train)
+    refuse_unwritable(Path(options.output_dir), "--output_dir")
+    if options.data.data_cache_dir:
+        refuse_unwritable(Path(options.data.data_cache_dir), "--data_cache_dir")
+    check_sources(options.data)
+
+
 def check_options(
     options: Options, machine: Machine, environment: Mapping[str, str] | None = None
 ) -> None:
@@ -201,10 +215,6 @@ def check_options(
         ModelError: the attention asked for cannot run here.
     """
     env = os.environ if environment is None else environment
-    refuse_unwritable(Path(options.output_dir), "--output_dir")
-    if options.data.data_cache_dir:
-        refuse_unwritable(Path(options.data.data_cache_dir), "--data_cache_dir")
-    check_machine(options.train)
     engine = detect(options.model, options.data, env)
     check_packages(options.train, engine)
     processes = int(env.get("WORLD_SIZE", "1"))
@@ -212,9 +222,6 @@ def check_options(
     check_arguments(full.train, has_evaluation=options.data.has_evaluation)
     device = machine.device or torch.device("cpu")
     choose_attention(options.model.attn_implementation, device, compute_dtype(full))
-    find_sources(options.data)
-    if options.data.eval_dataset:
-        find_sources(options.data, eval=True)
 
 
 def check_model(decisions: Decisions, model: PreTrainedModel) -> None:

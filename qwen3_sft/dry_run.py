@@ -6,13 +6,14 @@ but the rows and the values of weights, of a hub id what its config.json says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import yaml
 
 import monkey_patch
-from qwen3_sft.decisions import Machine, check_disk, check_model, check_options, decide
+from qwen3_sft.decisions import Machine, check_disk, check_model, check_options, check_place, decide
+from qwen3_sft.errors import UserError
 from qwen3_sft.model.base import checked_base
 from qwen3_sft.model.loading import resolve_model
 from qwen3_sft.model.meta_model import meta_model
@@ -29,12 +30,12 @@ def dry_run(options: Options, environment: Mapping[str, str] | None = None) -> I
     Raises:
         ModelError: the model cannot be found or trained.
         UsageError: the options contradict each other, the engine, the machine or the model.
-        DataError: a dataset is not there.
         DoesNotFitError: after the last line, if the GPU's memory does not suffice.
     """
     yield "options (a recipe that runs again):"
     yield _indent(yaml.safe_dump(options.resolved(), sort_keys=False, allow_unicode=True))
     machine = Machine.here(options.train)
+    yield from _not_here(lambda: check_place(options))
     check_options(options, machine, environment)
     name = options.model.model_name_or_path
     if Path(name).is_dir():
@@ -43,12 +44,20 @@ def dry_run(options: Options, environment: Mapping[str, str] | None = None) -> I
         model = meta_model(name, options.model.model_revision)
     decisions = decide(options, model, machine, environment)
     check_model(decisions, model)
-    check_disk(decisions, model)
+    yield from _not_here(lambda: check_disk(decisions, model))
     monkey_patch.apply_patches(model, decisions.patches)  # logs each one
     yield from decisions.lines()
     if decisions.advice_line:
         yield decisions.advice_line
     decisions.plan.check()
+
+
+def _not_here(check: Callable[[], None]) -> Iterator[str]:
+    """Yield what a run here would end with at once: recipes are looked at on other machines too."""
+    try:
+        check()
+    except UserError as error:
+        yield f"not on this machine: {error}"
 
 
 def _indent(text: str) -> str:

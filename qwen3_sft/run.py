@@ -27,6 +27,7 @@ from qwen3_sft.decisions import (
     check_disk,
     check_model,
     check_options,
+    check_place,
     decide,
     with_plan,
 )
@@ -94,6 +95,7 @@ def run(options: Options, peers: PeerWatch) -> int:
         return DONE
     check_resume(folder, options.train.resume)
     check_allowed(options.train.allow_change)
+    check_place(options)
     check_options(options, Machine.here(options.train))
     check_token(options.train)
     with claimed(folder):

@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -62,7 +63,7 @@ class DiskUse:
         states = 0 if train.save_only_model else state_bytes(shapes, choice, kept)
         saves = train.save_strategy != "no" and train.stop_after_steps is None
         named = options.model.export_dtype
-        written = getattr(torch, named) if named != "auto" else model.config.dtype
+        written: Any = getattr(torch, named) if named != "auto" else model.config.dtype
         return cls(
             checkpoint=elements * kept.itemsize + states if saves else 0,
             most=_most(options),

@@ -2,12 +2,14 @@
 
 import inspect
 import math
+import os
 
 import pytest
 import torch
 from transformers import TrainingArguments
 
-from qwen3_sft.decisions import Machine, check_model, check_options, decide
+from qwen3_sft.decisions import Machine, check_model, check_options, check_place, decide
+from qwen3_sft.dry_run import dry_run
 from qwen3_sft.errors import DataError, ModelError, UsageError
 from qwen3_sft.model.meta_model import model_on_meta
 from qwen3_sft.options.recipe import parse_options
@@ -51,14 +53,11 @@ BEST = ("--load_best_model_at_end", "true")
         (("--lr_scheduler_type", "greedy"), "--lr_scheduler_type greedy needs evaluations"),
         (("--eval_on_start", "true"), "--eval_on_start true needs evaluations"),
         (("--save_strategy", "best"), "--save_strategy best needs evaluations"),
-        (("--use_cpu", "false", "--bf16", "true"), "--bf16 true: there is no GPU"),
         (
             ("--optim", "galore_adamw", "--optim_target_modules", "x"),
             "galore_torch is not installed",
         ),
         (("--optim", "paged_adamw_8bit"), "bitsandbytes is not installed"),
-        (("--output_dir", "/etc/hostname/run"), "--output_dir .* /etc/hostname is no folder"),
-        (("--data_cache_dir", "/etc/hostname"), "--data_cache_dir .* is no folder"),
     ],
     ids=str,
 )
@@ -67,10 +66,21 @@ def test_refused_without_a_model(tmp_path, words, message):
         check_options(options(tmp_path, *words), CPU, {})
 
 
-@pytest.mark.parametrize("name", ["dataset", "eval_dataset"])
-def test_datasets_are_looked_for_first(tmp_path, name):
-    with pytest.raises(DataError, match="no such file or folder"):
-        check_options(options(tmp_path, f"--{name}", str(tmp_path / "rows.json")), CPU, {})
+@pytest.mark.parametrize(
+    ("name", "path", "words"),
+    [
+        ("dataset", "/nowhere/rows.json", "no such file or folder"),
+        ("eval_dataset", "/nowhere/rows.json", "no such file or folder"),
+        ("output_dir", "/etc/hostname/run", "--output_dir .* /etc/hostname is no folder"),
+        ("data_cache_dir", "/etc/hostname", "--data_cache_dir .* is no folder"),
+        ("output_dir", "/sys/run", "not writable|Operation not permitted"),
+    ],
+)
+def test_places_are_looked_at_first(tmp_path, name, path, words, monkeypatch):
+    if path.startswith("/sys"):  # root may write anywhere, says the kernel, until it is tried
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises((DataError, UsageError), match=words):
+        check_place(options(tmp_path, f"--{name}", path))
 
 
 def test_attention_that_is_not_here(tmp_path):
@@ -177,3 +187,9 @@ def test_a_disk_that_is_too_small_is_told_at_the_start(tmp_path, caplog):
     caplog.clear()
     DiskUse(1, 3, 1).check(tmp_path)
     assert not caplog.text
+
+
+def test_a_dry_run_of_a_recipe_for_gpus_says_so_and_goes_on(tmp_path):
+    asked = options(tmp_path, "--use_cpu", "false", "--bf16", "true")
+    lines = list(dry_run(asked, {}))
+    assert any(line.startswith("not on this machine: --bf16 true") for line in lines)
