@@ -10,12 +10,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
 import monkey_patch
 from qwen3_sft.build import Tokens, build_trainer
 from qwen3_sft.checkpoints.resume import agree_on_checkpoint, run_identity
 from qwen3_sft.data.prepare import prepare
-from qwen3_sft.decisions import Decisions, Machine, decide, with_plan
+from qwen3_sft.decisions import (
+    Decisions,
+    Machine,
+    check_disk,
+    check_model,
+    check_options,
+    decide,
+    with_plan,
+)
 from qwen3_sft.demo.build import resolve_demo
 from qwen3_sft.distributed.peer_watch import PeerWatch
 from qwen3_sft.distributed.process_group import join_process_group, leave_process_group
@@ -26,9 +35,9 @@ from qwen3_sft.export.card import model_card
 from qwen3_sft.export.export import export_model
 from qwen3_sft.export.upload import upload_model
 from qwen3_sft.hardware import device_info
+from qwen3_sft.model.base import checked_base
 from qwen3_sft.model.fingerprint import model_fingerprint
-from qwen3_sft.model.loading import load_model, load_tokenizer, resolve_model
-from qwen3_sft.model.meta_model import meta_model
+from qwen3_sft.model.loading import load_model, resolve_model
 from qwen3_sft.model.patches import FP8_PATCHES
 from qwen3_sft.options.batch import rows_per_step
 from qwen3_sft.options.changes import comparable
@@ -39,7 +48,7 @@ from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.plan.advice import MemorySettings
 from qwen3_sft.records.folder_lock import claimed
 from qwen3_sft.records.run_folder import RunFolder, versions
-from qwen3_sft.start_checks import check_start
+from qwen3_sft.start_checks import check_place, check_start
 from qwen3_sft.training.arguments import final_arguments
 from qwen3_sft.training.callbacks import TellStep
 from qwen3_sft.training.out_of_memory import naming
@@ -76,18 +85,24 @@ def run(options: Options, peers: PeerWatch) -> int:
     if summary := check_start(folder, options):
         logger.info("%s", describe_summary(folder, summary))
         return DONE
+    check_place(options)
+    check_options(options, Machine.here(options.train))
     with claimed(folder):
         return _run_in(folder, options, peers)
 
 
 def _run_in(folder: RunFolder, options: Options, peers: PeerWatch) -> int:
     name, data = resolve_demo(options.model.model_name_or_path, options.data, folder.path / "base")
-    base = resolve_model(name, options.model.model_revision)
     # Before TrainingArguments exist: then even a model on the meta device would be sharded.
-    decisions = decide(options, meta_model(str(base)), Machine.here(options.train))
+    checked = checked_base(resolve_model(name, options.model.model_revision))
+    base = checked.folder
+    decisions = decide(options, checked.model, Machine.here(options.train))
+    check_model(decisions, checked.model)
+    if os.environ.get("RANK", "0") == "0":  # the others write no more than it
+        check_disk(decisions, checked.model)
     _say(decisions)
     # Outside any process group: this may take hours.
-    tokens = _prepare_data(data, base, options.train.seed)
+    tokens = _prepare_data(data, checked.tokenizer, options.train.seed)
 
     _join(options.train, peers)
     # GPUs may differ, what layers do must not.
@@ -121,8 +136,7 @@ def _say(decisions: Decisions) -> None:
         logger.warning("this is likely to run out of memory; %s", decisions.advice_line)
 
 
-def _prepare_data(data: DataArguments, base: Path, seed: int) -> Tokens:
-    tokenizer = load_tokenizer(base)
+def _prepare_data(data: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tokens:
     tokens = prepare(data, tokenizer)
     if data.eval_dataset:
         return Tokens(tokenizer, tokens, prepare(data, tokenizer, eval=True), has_own_eval=True)

@@ -1,8 +1,9 @@
 """Rendered pieces become token ids and a mask; content has no way to forge a control token.
 
 A tokenizer finds its added tokens in any text, also in what a user wrote. Here plain pieces go
-through a copy of it that has none, and control tokens are put in by id. Ordinary text gets exactly
-the ids of the tokenizer itself.
+through a copy of it without Qwen's control tokens, which are put in by id. All other text gets
+exactly the ids of the tokenizer itself, and so do tokens that somebody has added to it: at
+inference they stand for themselves too.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qwen3_sft.chat.control_tokens import QWEN3_CONTROL_TOKENS
 from qwen3_sft.chat.pieces import Rendered
 from qwen3_sft.chat.templates import CONTROL_TOKENS
 from qwen3_sft.chat.turn_ends import TurnEnds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Of an added token in a tokenizer.json: its text, and what decides where it is found.
+_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 Encoded = tuple[np.ndarray, np.ndarray]  # input_ids (T,) int32, trained (T,) bool
 
@@ -38,7 +43,7 @@ class Encoder:
         Raises:
             ValueError: if it is not a fast tokenizer with Qwen3's control tokens.
         """
-        from tokenizers import Tokenizer
+        from tokenizers import AddedToken, Tokenizer
 
         if not tokenizer.is_fast:
             raise ValueError(
@@ -55,10 +60,19 @@ class Encoder:
                 "the tokenizer files of a Qwen3 model"
             )
         special = [t["content"] for t in spec["added_tokens"] if t["special"]]
+        protected = {*QWEN3_CONTROL_TOKENS, self.eos_token}
+        own = [token for token in spec["added_tokens"] if token["content"] not in protected]
         spec.update(added_tokens=[], truncation=None, padding=None, post_processor=None)
         self._plain = Tokenizer.from_str(json.dumps(spec))
         newline = self._plain.encode("\n", add_special_tokens=False).ids
         self.turn_ends = TurnEnds(self._ids, special, self.eos_token, newline)
+        # Without the control tokens before them they get other ids.
+        self._plain.add_tokens([AddedToken(**{k: token[k] for k in _FLAGS}) for token in own])
+        self._own_ids = {
+            self._plain.token_to_id(token["content"]): token["id"]
+            for token in own
+            if self._plain.token_to_id(token["content"]) != token["id"]
+        }
 
     def encode(self, rendered: Rendered) -> Encoded:
         """Return input_ids (T,) int32 and trained (T,) bool of one sample."""
@@ -69,8 +83,12 @@ class Encoder:
         pieces = chain.from_iterable(rendered.pieces for rendered in batch)
         texts = list({piece.text: None for piece in pieces if not piece.control})
         encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
-        ids = {text: e.ids for text, e in zip(texts, encodings, strict=True)}
+        ids = {text: self._as_own(e.ids) for text, e in zip(texts, encodings, strict=True)}
         return [self._assemble(rendered, ids) for rendered in batch]
+
+    def _as_own(self, ids: list[int]) -> list[int]:
+        """Return the tokenizer's ids for those of the copy."""
+        return [self._own_ids.get(i, i) for i in ids] if self._own_ids else ids
 
     def _assemble(self, rendered: Rendered, plain_ids: dict[str, list[int]]) -> Encoded:
         ids: list[int] = []

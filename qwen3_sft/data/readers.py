@@ -67,6 +67,17 @@ def find_sources(args: DataArguments, *, eval: bool = False) -> list[RowSource]:
     return [source for name in names for source in _find(name, args)]
 
 
+def check_sources(args: DataArguments) -> None:
+    """Look for all data, read none: that for evaluation would be missed hours later.
+
+    Raises:
+        DataError: as of `find_sources`.
+    """
+    find_sources(args)
+    if args.eval_dataset:
+        find_sources(args, eval=True)
+
+
 def _find(name: str, args: DataArguments) -> list[RowSource]:
     path = Path(name)
     if path.is_file():

@@ -18,21 +18,8 @@ from tokenizers import trainers as bpe_trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
+from qwen3_sft.chat.control_tokens import QWEN3_CONTROL_TOKENS
 from qwen3_sft.logs import progress_bars
-
-# The 26 control tokens of Qwen3 in the order of their ids; those without bars are not `special`
-# upstream, so that decoding with skip_special_tokens keeps them.
-# Source: tokenizer_config.json of Qwen/Qwen3-30B-A3B.
-CONTROL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>",
-    "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
-    "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
-    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
-    "<tool_call>", "</tool_call>",
-    "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
-    "<|repo_name|>", "<|file_sep|>",
-    "<tool_response>", "</tool_response>", "<think>", "</think>",
-)  # fmt: skip
 
 # Qwen's pre-tokenizer: one digit per token, words with one leading space or sign, runs of newlines.
 _SPLIT = (
@@ -61,7 +48,7 @@ def train_tokenizer(
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = bpe_trainers.BpeTrainer(
-        vocab_size=vocab_size - len(CONTROL_TOKENS),
+        vocab_size=vocab_size - len(QWEN3_CONTROL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -69,7 +56,7 @@ def train_tokenizer(
     tokenizer.add_tokens(
         [
             AddedToken(token, special=token.startswith("<|"), normalized=False)
-            for token in CONTROL_TOKENS
+            for token in QWEN3_CONTROL_TOKENS
         ]
     )
     fast = PreTrainedTokenizerFast(

@@ -76,7 +76,7 @@ class ModelFlops:
             experts=2 * moe * config.num_experts_per_tok * weights.expert,
             dense_mlp=2 * weights.dense_layers * weights.dense_mlp,
             lm_head=2 * weights.lm_head,
-            scores=2 * 2 * layers * config.num_attention_heads * _head_dim(config),
+            scores=2 * 2 * layers * config.num_attention_heads * head_dim(config),
         )
 
     @property
@@ -154,13 +154,13 @@ def _weights(config: Any) -> _Weights:
             f"{type(config).__name__} holds several towers and only the text one is counted here; "
             "pass config.text_config and add the vision tower's FLOPs yourself"
         )
-    hidden, head_dim = config.hidden_size, _head_dim(config)
+    hidden, width = config.hidden_size, head_dim(config)
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads  # q and o, k and v
     moe = sum(_has_experts(config, layer) for layer in range(config.num_hidden_layers))
     return _Weights(
         moe_layers=moe,
         dense_layers=config.num_hidden_layers - moe,
-        attention=hidden * head_dim * heads,
+        attention=hidden * width * heads,
         router=hidden * config.num_experts,
         expert=3 * hidden * config.moe_intermediate_size,
         dense_mlp=3 * hidden * config.intermediate_size,
@@ -179,12 +179,12 @@ def _has_experts(config: Any, layer: int) -> bool:
 
 def _vectors_per_layer(config: Any) -> int:
     """Weights of the four norms, and the projection biases where the config has them."""
-    head_dim, hidden = _head_dim(config), config.hidden_size
-    biases = hidden + head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
-    return 2 * hidden + 2 * head_dim + (biases if config.attention_bias else 0)
+    width, hidden = head_dim(config), config.hidden_size
+    biases = hidden + width * (config.num_attention_heads + 2 * config.num_key_value_heads)
+    return 2 * hidden + 2 * width + (biases if config.attention_bias else 0)
 
 
-def _head_dim(config: Any) -> int:
-    # Qwen3MoeConfig has the attribute only where config.json sets it; the model does the same.
-    head_dim = getattr(config, "head_dim", None)
-    return head_dim or config.hidden_size // config.num_attention_heads
+def head_dim(config: Any) -> int:
+    """Return the width of a head; transformers' configs have it only where config.json sets it."""
+    given = getattr(config, "head_dim", None)
+    return given or config.hidden_size // config.num_attention_heads

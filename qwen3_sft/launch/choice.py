@@ -199,9 +199,11 @@ def planned_model(options: Options) -> tuple[PreTrainedModel, str]:
         ModelError: the model is not one that is trained.
     """
     from qwen3_sft.families.family import require, require_by_name
-    from qwen3_sft.model.meta_model import known_config, model_on_meta
+    from qwen3_sft.model.meta_model import known_config, meta_model, model_on_meta
 
     name, revision = options.model.model_name_or_path, options.model.model_revision
+    if Path(name).is_dir():
+        return meta_model(name), ""
     if config := known_config(name) or _local_config(name, revision):
         require("train", config, name)
         return model_on_meta(config), ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -18,16 +17,23 @@ from transformers.distributed.utils import is_local_dist_rank_0
 
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import ModelError
-from qwen3_sft.families.family import family_of, require, require_by_name
+from qwen3_sft.families.family import family_of, require_by_name
 from qwen3_sft.logs import progress_bars
+from qwen3_sft.model.base_files import INDEX, check_file, read_headers
+from qwen3_sft.model.config_file import CONFIG, read_config
 from qwen3_sft.model.host_memory import blocks_given_back, reserve_weights
-from qwen3_sft.model.trust import check_weights_files, load_config
+from qwen3_sft.model.quantised import FILES as LEGACY_FILES
+from qwen3_sft.model.quantised import refuse_quantised
+from qwen3_sft.model.trust import load_config
+from qwen3_sft.model.vocabulary import check_control_tokens
 from qwen3_sft.options.model_args import EXPERT_PATCHES, ModelArguments
 
 logger = logging.getLogger(__name__)
 
 _ALONE = Engine("single")
 
+# What says what a model is; without weights and vocabulary.
+CONFIG_FILES = (CONFIG, INDEX, *LEGACY_FILES)
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
 # What a checkpoint folder holds beside the weights, and what an export copies unchanged.
 TOKENIZER_FILES = (
@@ -44,18 +50,29 @@ TOKENIZER_FILES = (
 def resolve_model(name: str, revision: str | None = None) -> Path:
     """Return the local folder of a checkpoint, downloading a hub id first.
 
+    Of a hub id only what `check_config` reads comes first: what it refuses costs no download.
+
     Raises:
         ModelError: neither a folder with a config.json nor a hub id that can be fetched, or a
-            model type that this project does not train.
+            model that this project does not train.
+    """
+    folder = resolve_config(name, revision)
+    if not Path(name).is_dir():
+        folder = _download(name, revision, CHECKPOINT_FILES)
+    return folder
+
+
+def resolve_config(name: str, revision: str | None = None) -> Path:
+    """Return a local folder with a model's config.json, and without weights if it is a hub id.
+
+    Raises:
+        ModelError: as of `resolve_model`.
     """
     folder = Path(name)
     if not folder.is_dir():
         require_by_name("train", name)
-        folder = _download(name, revision, CHECKPOINT_FILES)
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ModelError(f"{folder}: no config.json; --model_name_or_path must name a checkpoint")
-    require("train", json.loads(config.read_text(encoding="utf-8")).get("model_type"), folder)
+        folder = _download(name, revision, CONFIG_FILES)
+    refuse_quantised(folder, read_config(folder), name)
     return folder
 
 
@@ -93,15 +110,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the checkpoint's fast tokenizer.
 
     Raises:
-        ModelError: no fast tokenizer, or control tokens of Qwen3 are missing.
+        ModelError: a file is damaged, it is no fast tokenizer, its control tokens are not those of
+            Qwen3, or one that was added contains them.
     """
+    for path in (folder / name for name in TOKENIZER_FILES):
+        if path.exists() or path.is_symlink():
+            check_file(path)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    missing = [t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.get_vocab()]
-    if not tokenizer.is_fast or missing:
-        raise ModelError(
-            f"{folder}: not a Qwen3 fast tokenizer"
-            + (f", it lacks {', '.join(missing)}" if missing else "")
-        )
+    check_control_tokens(tokenizer, folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # fills rows, where nothing looks at it
     return tokenizer
 
 
@@ -200,13 +218,13 @@ def load_strict(folder: Path, loader: Any = None, **kwargs: Any) -> PreTrainedMo
         **kwargs: of `from_pretrained`.
 
     Raises:
-        ModelError: naming up to five weights that are missing, unexpected or mismatched; or the
-            folder has no safetensors files, or names code or files of elsewhere.
+        ModelError: naming up to five weights that are missing, unexpected or mismatched; or a
+            safetensors file is missing or damaged, or an entry names code or files of elsewhere.
     """
     loader = loader or auto_class(load_config(folder))
-    check_weights_files(folder)
+    headers = read_headers(folder)
     kwargs |= {"use_safetensors": True, "trust_remote_code": False}
-    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    size = sum((folder / name).stat().st_size for name in {h.file for h in headers.values()})
     with progress_bars(size), blocks_given_back():
         model, info = loader.from_pretrained(folder, output_loading_info=True, **kwargs)
     problems = {

@@ -10,9 +10,12 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from qwen3_sft.demo.build import NAME as DEMO
 from qwen3_sft.demo.build import VOCAB_SIZE
 from qwen3_sft.demo.model import tiny_config
+from qwen3_sft.errors import ModelError
 from qwen3_sft.families.family import families, require
-from qwen3_sft.model.loading import auto_class, resolve_model
-from qwen3_sft.model.trust import load_config
+from qwen3_sft.model.config_file import CONFIG
+from qwen3_sft.model.loading import auto_class, resolve_config
+from qwen3_sft.model.trust import WRONG_VALUES, load_config
+from qwen3_sft.model.vocabulary import check_special_ids
 
 
 def known_config(name: str) -> PretrainedConfig | None:
@@ -41,10 +44,17 @@ def meta_model(name: str, revision: str | None = None) -> PreTrainedModel:
     """Build the model of a known name, a folder or a hub id without its weights.
 
     Raises:
-        ModelError: the model cannot be found or trained.
+        ModelError: the model cannot be found, built or trained.
     """
     if config := known_config(name):
         require("train", config, name)
         return model_on_meta(config)
-    folder = resolve_model(name, revision)
-    return model_on_meta(load_config(folder))
+    folder = resolve_config(name, revision)
+    config = load_config(folder)
+    check_special_ids(config, folder)
+    try:
+        return model_on_meta(config)
+    except WRONG_VALUES as error:
+        raise ModelError(
+            f"{folder / CONFIG}: no model can be built from it ({type(error).__name__}: {error})"
+        ) from error

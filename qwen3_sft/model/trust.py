@@ -6,22 +6,31 @@ off everywhere), and kernels come from installed packages, never from the hub.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from qwen3_sft.errors import ModelError
+
+# What transformers raises of values that no model can be built from.
+WRONG_VALUES = (
+    ValueError, TypeError, KeyError, AttributeError, AssertionError, ArithmeticError, RuntimeError,
+)  # fmt: skip
 
 
 def load_config(folder: Path) -> PretrainedConfig:
     """Read config.json; classes that it brings along are never used.
 
     Raises:
-        ModelError: it asks for code or weights of elsewhere.
+        ModelError: it asks for code or weights of elsewhere, or a value in it is wrong.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (StrictDataclassError, *WRONG_VALUES) as error:
+        words = " ".join(str(error).split())
+        raise ModelError(f"{folder / 'config.json'}: {type(error).__name__}: {words}") from error
     refuse_hub_code(config, folder)
     return config
 
@@ -47,27 +56,6 @@ def refuse_hub_code(config: PretrainedConfig, where: object) -> None:
             f"{where}: config.json names {weights!r} as its weights: remove the entry "
             "transformers_weights, the weights are in model*.safetensors"
         )
-
-
-def check_weights_files(folder: Path) -> None:
-    """Refuse a folder whose weights are not in safetensors files directly in it.
-
-    Raises:
-        ModelError: naming the file or entry, and how to convert.
-    """
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        found = f"; {pickles[0]} is a pickle, which is not loaded" if pickles else ""
-        raise ModelError(
-            f"{folder}: no *.safetensors file{found}. Convert in Python: AutoModelForCausalLM."
-            f"from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained('NEW'), and "
-            "copy the tokenizer's files"
-        )
-    for path in folder.glob("*.safetensors.index.json"):
-        try:
-            check_index(json.loads(path.read_text(encoding="utf-8")), path)
-        except ValueError as error:
-            raise ModelError(f"{path}: {error}") from error
 
 
 def check_index(content: Any, path: Path) -> None:

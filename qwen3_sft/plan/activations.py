@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from qwen3_sft.families.flops import head_dim
 from qwen3_sft.model.activation_checkpointing import ORDER, Policy
 
 _GIB = 2**30
@@ -146,7 +147,7 @@ def _check(config: Any, layers: Mapping[Policy, int]) -> None:
 
 def _attention(config: Any, s: int) -> int:
     """Bytes per token of attention's output and its log-sum-exp in float32."""
-    return config.num_attention_heads * (config.head_dim * s + _FLOAT32)
+    return config.num_attention_heads * (head_dim(config) * s + _FLOAT32)
 
 
 def _routing(config: Any, s: int) -> int:
@@ -156,7 +157,7 @@ def _routing(config: Any, s: int) -> int:
 
 def _shared(config: Any, r: int) -> int:
     """Bytes per token of what all layers read: ids, positions, labels, cosines and sines."""
-    return 4 * _INDEX + 2 * config.head_dim * r
+    return 4 * _INDEX + 2 * head_dim(config) * r
 
 
 def _layer(config: Any, s: int, r: int, keeps_hidden: bool) -> int:
@@ -166,8 +167,8 @@ def _layer(config: Any, s: int, r: int, keeps_hidden: bool) -> int:
     # Under autocast each product casts its own copy: q, k and v; router and experts.
     norms = (2 if r == s else 5) * config.hidden_size * s
     roots = (2 + heads + groups) * _FLOAT32  # of the mean squares, one per normalised row
-    projections = (heads + 2 * groups) * config.head_dim * s  # before their norms
-    rotated = (heads + groups) * config.head_dim * s  # as attention keeps them
+    projections = (heads + 2 * groups) * head_dim(config) * s  # before their norms
+    rotated = (heads + groups) * head_dim(config) * s  # as attention keeps them
     first = config.num_experts_per_tok * 2 * config.moe_intermediate_size * s if keeps_hidden else 0
     fixed = _attention(config, s) + _routing(config, s) + config.num_experts * s
     return residual + norms + roots + projections + rotated + fixed + first

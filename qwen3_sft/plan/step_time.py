@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qwen3_sft.families.family import family_of
+from qwen3_sft.families.flops import head_dim
 from qwen3_sft.hardware import find_device
 from qwen3_sft.model.activation_checkpointing import Policy
 
@@ -206,7 +207,7 @@ class _Times:
         self.scores = self.flops.scores * mean_length / 2
         self.dense = self.flops.attention_projections + self.flops.router + self.flops.dense_mlp
         heads = 2 * config.num_attention_heads + 3 * config.num_key_value_heads
-        width = 8 * config.hidden_size + 2 * heads * config.head_dim + 2 * self._routed_width()
+        width = 8 * config.hidden_size + 2 * heads * head_dim(config) + 2 * self._routed_width()
         self.passes = config.num_hidden_layers * rates.passes * width / _WIDTH_30B
         self.bandwidth = rates.bandwidth * 1e12
 

@@ -4,10 +4,12 @@ import pickle
 import random
 import unicodedata
 from collections import Counter
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from qwen3_sft.chat.encoding import Encoder
 from qwen3_sft.chat.render import CHAT_FORMATS, render, render_plain
@@ -175,3 +177,60 @@ def test_a_tokenizer_without_control_tokens_is_refused():
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     with pytest.raises(ValueError, match=r"no control token <\|im_start\|>.*not Qwen3's"):
         Encoder(plain)
+
+
+@pytest.fixture
+def extended(tokenizer):
+    """Return the tokenizer with tokens that a user added, of every kind of flag."""
+    copy = deepcopy(tokenizer)
+    copy.add_tokens(
+        [
+            AddedToken("<|persona|>", special=True, normalized=False),
+            AddedToken("<note>", normalized=True),
+            AddedToken("<left>", lstrip=True),
+            AddedToken("<right>", rstrip=True),
+            AddedToken("sword", single_word=True),
+            AddedToken("assistant"),
+            "Émile",
+        ]
+    )
+    return copy
+
+
+ADDED = [
+    "<|persona|>", "<note>", " <left>", "\n <left>", "<right>", "<right> \n", "sword", "swordfish",
+    "assistant", "E\u0301mile", "Émile", " ", "\n", "hi", "x1",
+]  # fmt: skip
+
+
+def test_tokens_that_a_user_added_get_the_ids_of_inference(extended):
+    encoder, rng = pickle.loads(pickle.dumps(Encoder(extended))), random.Random(4)
+    used = set()
+    for _ in range(100):
+        conversation = random_conversation(rng, ADDED, thinks=True)
+        for sample in samples(conversation, train_on="all"):
+            ids = encoder.encode(sample)[0].tolist()
+            assert ids == extended(sample.text, add_special_tokens=False)["input_ids"]
+            used |= set(ids)
+    assert used >= set(extended.convert_tokens_to_ids(["<|persona|>", "<note>", "<left>", "sword"]))
+
+
+def test_beside_added_tokens_control_tokens_stay_text(extended):
+    encoder = Encoder(extended)
+    (sample,) = samples(
+        Conversation((Message("user", "a<|persona|><|im_end|>"), Message("assistant", "<note>x")))
+    )
+    ids, trained = encoder.encode(sample)
+    persona, note = extended.convert_tokens_to_ids(["<|persona|>", "<note>"])
+    assert ids.tolist().count(persona) == 1
+    assert ids[trained].tolist().count(note) == 1
+    assert ids.tolist().count(extended.convert_tokens_to_ids("<|im_end|>")) == 2
+
+
+def test_an_end_token_of_somebodys_own_cannot_be_forged(extended):
+    extended.eos_token = "<|persona|>"
+    encoder = Encoder(extended)
+    sample = render_plain(PlainText("", "a<|persona|>b"), encoder.eos_token, train_on="all")
+    ids = encoder.encode(sample)[0].tolist()
+    assert ids.count(extended.eos_token_id) == 1
+    assert ids[-1] == extended.eos_token_id

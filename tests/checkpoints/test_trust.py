@@ -23,7 +23,7 @@ from qwen3_sft.checkpoints.whole import load_checkpoint
 from qwen3_sft.cli import main
 from qwen3_sft.demo.model import tiny_config, tiny_model
 from qwen3_sft.errors import CheckpointError, ModelError, RefusedPickleError
-from qwen3_sft.model.trust import check_weights_files
+from qwen3_sft.model.base_files import weight_files
 from tests.support.planted import Attack, Reduced, plant, reseal
 from tests.support.training import make_trainer
 
@@ -266,7 +266,7 @@ def test_an_index_does_not_lead_out_of_the_folder(made, tmp_path, name):
     with pytest.raises(CheckpointError, match=r"which is no file beside"):
         load_checkpoint(folder)
     with pytest.raises(ModelError, match=r"which is no file beside"):
-        check_weights_files(folder)
+        weight_files(folder)
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd"])

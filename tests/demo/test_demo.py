@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qwen3_sft.chat.control_tokens import QWEN3_CONTROL_TOKENS
 from qwen3_sft.demo.build import VOCAB_SIZE, build_demo, resolve_demo
 from qwen3_sft.demo.conversations import conversations, write_conversations
-from qwen3_sft.demo.model import CONTROL_TOKENS, tiny_config, tiny_model, write_checkpoint
+from qwen3_sft.demo.model import tiny_config, tiny_model, write_checkpoint
 from qwen3_sft.errors import UsageError
 from qwen3_sft.model.loading import load_tokenizer
 from qwen3_sft.options.data_args import DataArguments
@@ -102,7 +103,7 @@ class TestData:
 
 class TestTokenizer:
     def test_control_tokens_come_last_in_the_order_of_qwen3(self, tokenizer):
-        ids = tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
+        ids = tokenizer.convert_tokens_to_ids(list(QWEN3_CONTROL_TOKENS))
         assert ids == list(range(len(tokenizer) - 26, len(tokenizer)))
         # ids 151643 to 151668 of Qwen/Qwen3-30B-A3B: tokenizer_config.json
         published = {
