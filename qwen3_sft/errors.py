@@ -6,6 +6,7 @@ else is raised passes with its traceback: it is a bug, here or in a library.
 
 from __future__ import annotations
 
+import errno
 import signal
 from collections.abc import Callable
 
@@ -18,6 +19,16 @@ MISTAKE = 2
 DOES_NOT_FIT = 3
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h, "try again"
 BY_SIGNAL = 128  # and the signal's number, as shells have it
+
+
+STOPPED = "stopped by Ctrl-C"
+
+# What the machine refuses, whatever a program does: no bug, though nobody has foreseen the place.
+_MISTAKES = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR,
+    errno.ENOTDIR,
+)  # fmt: skip
+_LACKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE)
 
 
 class SftError(Exception):
@@ -111,7 +122,10 @@ class Interrupted(Exception):  # noqa: N818 - no error: the run is saved and goe
 
 
 def exit_code_of(
-    work: Callable[[], int], report: Callable[[str], object], also: tuple[type[Exception], ...] = ()
+    work: Callable[[], int],
+    report: Callable[[str], object],
+    also: tuple[type[Exception], ...] = (),
+    report_stop: Callable[[str], object] | None = None,
 ) -> int:
     """Return what `work` returns, or the exit code of the error that ended it.
 
@@ -119,6 +133,7 @@ def exit_code_of(
         work: a program.
         report: takes the message of an error, one text.
         also: errors of other packages that are foreseen as well; exit code 1.
+        report_stop: takes the message of a Ctrl-C; `report` by default.
     """
     try:
         return work()
@@ -128,3 +143,19 @@ def exit_code_of(
     except also as error:
         report(f"{type(error).__name__}: {error}")
         return FAILED
+    except OSError as error:
+        if error.errno not in _MISTAKES + _LACKS:
+            raise
+        report(f"error: {what_the_machine_says(error)}")
+        return MISTAKE if error.errno in _MISTAKES else FAILED
+    except KeyboardInterrupt:
+        # What follows is the end of the process: a second one shall cut that short, not trace it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        (report_stop or report)(STOPPED)
+        return BY_SIGNAL + signal.SIGINT
+
+
+def what_the_machine_says(error: OSError) -> str:
+    """Return the message of an operating system's error: the file first, no number."""
+    said = error.strerror or str(error)
+    return said if error.filename is None else f"{error.filename}: {said}"

@@ -37,7 +37,7 @@ from qwen3_sft.model.patches import FP8_PATCHES
 from qwen3_sft.options.batch import rows_per_step
 from qwen3_sft.options.data_args import DataArguments
 from qwen3_sft.options.draft import TrainDraft
-from qwen3_sft.options.recipe import Options, help_text, parse_options
+from qwen3_sft.options.recipe import Options, parse_options
 from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.plan.advice import MemorySettings
 from qwen3_sft.records.folder_lock import claimed
@@ -55,13 +55,13 @@ logger = logging.getLogger(__name__)
 
 def run_command(argv: list[str]) -> int:
     """Run a command line; mistakes become a message and an exit code, not a traceback."""
-    return exit_code_of(lambda: _run_command(argv), logger.error, also=(monkey_patch.PatchError,))
+    return exit_code_of(
+        lambda: _run_command(argv), logger.error, also=(monkey_patch.PatchError,),
+        report_stop=logger.info,
+    )  # fmt: skip
 
 
 def _run_command(argv: list[str]) -> int:
-    if "--help" in argv or "-h" in argv:
-        logger.info("%s", help_text())
-        return DONE
     options = parse_options(argv)
     if options.train.dry_run:
         for line in dry_run(options):

@@ -19,6 +19,7 @@ import yaml
 
 import qwen3_sft
 from qwen3_sft.options.paths import expanded
+from qwen3_sft.options.variables import named_launch_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from qwen3_sft.options.recipe import Options
 
 CONFIG = Path(qwen3_sft.__file__).parent.parent / "config"
+SINGLE = CONFIG / "single.json"
 
 # Share of a GPU that weights, gradients and optimizer may take, so that activations fit.
 MARGIN = 0.6
@@ -72,7 +74,7 @@ def choose(
     Raises:
         UsageError: the options are wrong, or a file that is named does not exist.
     """
-    if named := environment.get("ACCELERATE_CONFIG"):
+    if named := named_launch_file(environment):
         named = expanded(named, "ACCELERATE_CONFIG")
         deepspeed = deepspeed_file(named)
         flags = ["--deepspeed_config_file", str(deepspeed)] if deepspeed else []
@@ -81,7 +83,7 @@ def choose(
         return Choice(Path(named), flags, [], "as ACCELERATE_CONFIG says")
     world_size = gpus_per_node * nodes
     if world_size <= 1:
-        return Choice(CONFIG / "single.json", [], [], "one GPU" if world_size else "no GPU")
+        return Choice(SINGLE, [], [], "one GPU" if world_size else "no GPU")
     from qwen3_sft.options.recipe import parse_options
 
     options = parse_options(options_argv, needs_data=needs_data)
