@@ -6,7 +6,7 @@ import contextlib
 import sys
 from importlib import import_module
 
-from qwen3_sft.errors import DONE, MISTAKE, exit_code_of
+from qwen3_sft.errors import DONE, MISTAKE, exit_code_of, unless_stopped
 from qwen3_sft.logs import set_up_logging
 
 USAGE = """usage: qwen3-sft COMMAND ...
@@ -27,7 +27,7 @@ USAGE = """usage: qwen3-sft COMMAND ...
 def main(argv: list[str] | None = None) -> int:
     """Dispatch a command line; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    return exit_code_of(lambda: _dispatch(argv), _report)
+    return unless_stopped(lambda: exit_code_of(lambda: _dispatch(argv), _report), _report)
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -122,10 +122,7 @@ class Interrupted(Exception):  # noqa: N818 - no error: the run is saved and goe
 
 
 def exit_code_of(
-    work: Callable[[], int],
-    report: Callable[[str], object],
-    also: tuple[type[Exception], ...] = (),
-    report_stop: Callable[[str], object] | None = None,
+    work: Callable[[], int], report: Callable[[str], object], also: tuple[type[Exception], ...] = ()
 ) -> int:
     """Return what `work` returns, or the exit code of the error that ended it.
 
@@ -133,7 +130,6 @@ def exit_code_of(
         work: a program.
         report: takes the message of an error, one text.
         also: errors of other packages that are foreseen as well; exit code 1.
-        report_stop: takes the message of a Ctrl-C; `report` by default.
     """
     try:
         return work()
@@ -148,10 +144,21 @@ def exit_code_of(
             raise
         report(f"error: {what_the_machine_says(error)}")
         return MISTAKE if error.errno in _MISTAKES else FAILED
+
+
+def unless_stopped(work: Callable[[], int], report: Callable[[str], object]) -> int:
+    """Return what `work`, the whole of a program, returns; on Ctrl-C the code that shells have.
+
+    Args:
+        work: a program, with its imports.
+        report: takes the one line that says so.
+    """
+    try:
+        return work()
     except KeyboardInterrupt:
         # What follows is the end of the process: a second one shall cut that short, not trace it.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        (report_stop or report)(STOPPED)
+        report(STOPPED)
         return BY_SIGNAL + signal.SIGINT
 
 

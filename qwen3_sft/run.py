@@ -55,10 +55,7 @@ logger = logging.getLogger(__name__)
 
 def run_command(argv: list[str]) -> int:
     """Run a command line; mistakes become a message and an exit code, not a traceback."""
-    return exit_code_of(
-        lambda: _run_command(argv), logger.error, also=(monkey_patch.PatchError,),
-        report_stop=logger.info,
-    )  # fmt: skip
+    return exit_code_of(lambda: _run_command(argv), logger.error, also=(monkey_patch.PatchError,))
 
 
 def _run_command(argv: list[str]) -> int:

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from qwen3_sft.errors import DONE, INTERRUPTED, exit_code_of
+from qwen3_sft.errors import DONE, INTERRUPTED, exit_code_of, unless_stopped
 from qwen3_sft.logs import set_up_logging
 from qwen3_sft.options.command_line import read_options
 from qwen3_sft.options.help_text import help_for
@@ -30,8 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     set_up_logging()
     words = sys.argv[1:] if argv is None else argv
-    code = exit_code_of(lambda: _train(words), logger.error, report_stop=logger.info)
     exit_file = os.environ.get("QWEN3_SFT_EXIT_FILE")
+    # Our launcher says once, for all its processes, that they were stopped.
+    report_stop = logger.debug if exit_file else logger.info
+    code = unless_stopped(lambda: exit_code_of(lambda: _train(words), logger.error), report_stop)
     if exit_file:
         Path(exit_file).write_text(str(code), encoding="utf-8")
     may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0

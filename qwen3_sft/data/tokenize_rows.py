@@ -9,9 +9,11 @@ import heapq
 import logging
 import multiprocessing
 import os
+import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Literal
@@ -249,13 +251,24 @@ def _in_workers(
     waiting: deque[Future[TokenizedRows]] = deque()
     try:
         for chunk in chunks:
-            waiting.append(executor.submit(_work, chunk))
+            with _deaf_to_ctrl_c():
+                waiting.append(executor.submit(_work, chunk))
             if len(waiting) > 2 * num_proc:  # reading ahead further would only cost memory
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Start no worker that hears it: the parent does, and ends its workers without a word."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker_tokenize: Callable[[list[RawRow]], TokenizedRows]

@@ -6,16 +6,27 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from qwen3_sft.errors import exit_code_of
+from qwen3_sft.errors import BY_SIGNAL, STOPPED, exit_code_of
 from qwen3_sft.launch.accelerate_environment import single_process_environment
 from qwen3_sft.launch.agent import WORKER, Agent, reported_code
-from qwen3_sft.launch.choice import CONFIG, SINGLE, Choice, choose, launch_environment
+from qwen3_sft.launch.choice import (
+    CONFIG,
+    SINGLE,
+    Choice,
+    choose,
+    launch_environment,
+    read_launch_file,
+)
+from qwen3_sft.launch.port import port_flags
+from qwen3_sft.launch.quiet_agent import quiet
 from qwen3_sft.logs import set_up_logging
 from qwen3_sft.options.command_line import read_options
 from qwen3_sft.options.secret_options import masked
@@ -53,7 +64,8 @@ def _launch(argv: list[str]) -> int:
     read_options(argv)
     gpus, memory = _machine()
     choice = choose(argv, gpus_per_node=gpus, gpu_memory_gib=memory, environment=os.environ)
-    command = launch_command(argv, choice)
+    port = [] if is_alone(choice) else port_flags(read_launch_file(choice.config), os.environ)
+    command = launch_command(argv, replace(choice, accelerate_flags=choice.accelerate_flags + port))
     logger.info("launch: %s (%s)", choice.config, choice.reason)
     if is_dry:
         logger.info("command: %s", shlex.join(masked(command)))
@@ -64,11 +76,16 @@ def _launch(argv: list[str]) -> int:
         environment = {**os.environ, "QWEN3_SFT_EXIT_FILE": str(exit_file)}
         if is_alone(choice):
             environment = single_process_environment(environment)
+        else:
+            command = quiet(command)
         with Agent(command, environment) as agent:
             while agent.poll() is None:
                 agent.has_workers()
                 agent.wait(_POLL_S)
-        return agent.exit_code(reported_code(exit_file))
+        code = agent.exit_code(reported_code(exit_file))
+        if code == BY_SIGNAL + signal.SIGINT:  # of which the workers say nothing
+            logger.info(STOPPED)
+        return code
 
 
 def launch_command(argv: list[str], choice: Choice) -> list[str]:

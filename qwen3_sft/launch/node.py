@@ -27,6 +27,8 @@ from qwen3_sft.launch.agent import Agent, reported_code
 from qwen3_sft.launch.choice import CONFIG, Choice, choose
 from qwen3_sft.launch.cluster import Cluster, read_cluster
 from qwen3_sft.launch.launch import DEMO, prepare_deepspeed, show_plan
+from qwen3_sft.launch.port import require_free
+from qwen3_sft.launch.quiet_agent import quiet
 from qwen3_sft.options.command_line import read_options
 from qwen3_sft.options.help_text import help_for
 from qwen3_sft.options.secret_options import masked
@@ -83,6 +85,8 @@ def launch_node(argv: list[str]) -> int:
             "LOCAL_WORLD_SIZE": str(cluster.processes_per_node),
         }
         return show_plan([*argv, *choice.run_flags], changed | sizes)
+    if cluster.node_rank == 0:
+        require_free(cluster.master_port, "MASTER_PORT")
     prepare_deepspeed(argv, choice)
     with tempfile.TemporaryDirectory() as folder:
         exit_file = Path(folder) / "exit_code"
@@ -198,7 +202,7 @@ def _watch(
     patience = _LINGER_S + (cluster.rdzv_timeout_s if cluster.max_restarts else 0)
     last_seen: float | None = None
     was_ended = False
-    with Agent(command, environment) as agent:
+    with Agent(quiet(command), environment) as agent:
         while agent.poll() is None:
             if agent.has_workers():
                 last_seen = time.monotonic()
