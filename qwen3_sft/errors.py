@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 # What interrupts a run: its checkpoint is written at the step's end.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -22,6 +23,8 @@ BY_SIGNAL = 128  # and the signal's number, as shells have it
 
 
 STOPPED = "stopped by Ctrl-C"
+
+_READABLE = 500  # characters of a message that is not ours
 
 # What the machine refuses, whatever a program does: no bug, though nobody has foreseen the place.
 _MISTAKES = (
@@ -142,7 +145,8 @@ def exit_code_of(
     except OSError as error:
         if error.errno not in _MISTAKES + _LACKS:
             raise
-        report(f"error: {what_the_machine_says(error)}")
+        where = "" if error.filename is None else f"{error.filename}: "
+        report(f"error: {where}{said(error)}")
         return MISTAKE if error.errno in _MISTAKES else FAILED
 
 
@@ -162,7 +166,24 @@ def unless_stopped(work: Callable[[], int], report: Callable[[str], object]) -> 
         return BY_SIGNAL + signal.SIGINT
 
 
-def what_the_machine_says(error: OSError) -> str:
-    """Return the message of an operating system's error: the file first, no number."""
-    said = error.strerror or str(error)
-    return said if error.filename is None else f"{error.filename}: {said}"
+def said(error: Exception) -> str:
+    """Return the message of somebody else's error, cut to a readable length, without a number."""
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(words.split())[:_READABLE] or type(error).__name__
+
+
+@contextmanager
+def told_as(kind: type[SftError], where: object, *foreign: type[Exception]) -> Iterator[None]:
+    """Turn errors that a library raises about something of the user's into ours, which name it.
+
+    Args:
+        kind: of the new error.
+        where: the file, folder or name at fault.
+        foreign: what the library raises; errors of ours pass.
+    """
+    try:
+        yield
+    except SftError:
+        raise
+    except foreign as error:
+        raise kind(f"{where}: {said(error)}") from error

@@ -16,6 +16,7 @@ import numpy as np
 
 from qwen3_sft.chat.pieces import Rendered
 from qwen3_sft.chat.templates import CONTROL_TOKENS
+from qwen3_sft.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,12 +35,12 @@ class Encoder:
         """Take over a fast tokenizer.
 
         Raises:
-            ValueError: if it is not a fast tokenizer with Qwen3's control tokens.
+            ModelError: it is not a fast tokenizer with Qwen3's control tokens.
         """
         from tokenizers import Tokenizer
 
         if not tokenizer.is_fast:
-            raise ValueError(
+            raise ModelError(
                 f"{type(tokenizer).__name__} has no fast backend; the model folder needs a "
                 "tokenizer.json"
             )
@@ -48,8 +49,9 @@ class Encoder:
         self.eos_token = str(tokenizer.eos_token)
         missing = [token for token in (*CONTROL_TOKENS, self.eos_token) if token not in self._ids]
         if missing:
-            raise ValueError(
-                f"the tokenizer has no control token {' '.join(missing)}: it is not Qwen3's; use "
+            raise ModelError(
+                f"{tokenizer.name_or_path or 'the tokenizer'}: no control token "
+                f"{' '.join(missing)}: it is not Qwen3's; use "
                 "the tokenizer files of a Qwen3 model"
             )
         spec.update(added_tokens=[], truncation=None, padding=None, post_processor=None)

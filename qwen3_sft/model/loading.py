@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.distributed.utils import is_local_dist_rank_0
@@ -21,6 +21,7 @@ from qwen3_sft.errors import ModelError
 from qwen3_sft.families.family import family_of, require, require_by_name
 from qwen3_sft.logs import progress_bars
 from qwen3_sft.model.host_memory import blocks_given_back, reserve_weights
+from qwen3_sft.model.tokenizer_files import read_tokenizer
 from qwen3_sft.model.trust import check_weights_files, load_config
 from qwen3_sft.options.model_args import EXPERT_PATCHES, ModelArguments
 
@@ -76,13 +77,13 @@ def resolve_tokenizer(name: str, revision: str | None = None) -> Path:
 
 def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep + os.sep in name:
         raise ModelError(f"--model_name_or_path {name}: no such folder")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:  # OSError: offline, gated, disk full
         raise ModelError(
             f"--model_name_or_path {name}: neither a folder nor a hub model that can be fetched "
             f"({type(error).__name__}: {error})"
@@ -93,9 +94,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the checkpoint's fast tokenizer.
 
     Raises:
-        ModelError: no fast tokenizer, or control tokens of Qwen3 are missing.
+        ModelError: no fast tokenizer, a file of it is damaged, or control tokens of Qwen3 are
+            missing.
     """
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer: Any = read_tokenizer(folder)
     missing = [t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.get_vocab()]
     if not tokenizer.is_fast or missing:
         raise ModelError(
