@@ -226,7 +226,7 @@ def _known_routers(model: nn.Module) -> dict[str, nn.Module]:
         elif kind.endswith(_ROUTER_NAMES):
             raise PatchError(
                 f"patch {NAME!r}: {name} is a {kind}, which routes in another way than softmax and "
-                f"top-k, or was not compared; it knows {', '.join(known)}. Leave the patch out, and "
+                f"top-k, or was not compared; it knows {', '.join(known)}. Without the patch "
                 "the model balances its experts as transformers has it"
             )
     return found
