@@ -181,7 +181,7 @@ class _SavedSource:
 
         where = f"{self.path}: cannot read this saved dataset"
         # What its JSON files hold is checked nowhere.
-        damage = (OSError, ArrowException, ValueError, TypeError, KeyError, AttributeError)
+        damage = (OSError, ArrowException, ValueError, TypeError, LookupError, AttributeError)
         with told_as(DataError, where, *damage):
             dataset = load_from_disk(str(self.path)).with_format(None)
         yield from _numbered(self.name, dataset)

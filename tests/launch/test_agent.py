@@ -165,7 +165,8 @@ def test_a_run_of_one_process_is_agent_and_worker(tmp_path, monkeypatch):
     package.mkdir()
     program = TRAINS.replace("sys.argv[2]", "sys.argv[1]").replace("sys.argv[4]", "sys.argv[2]")
     (package / "train.py").write_text(program.replace("> 4", "> 3"))
-    monkeypatch.chdir(tmp_path)  # before the package's own folder in the search for modules
+    (package / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)  # where Python looks for modules first
     with Agent([sys.executable, *WORKER, str(ready)], dict(os.environ)) as agent:
         while not ready.is_file():
             assert agent.poll() is None
