@@ -91,7 +91,7 @@ def launch_node(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         exit_file = Path(folder) / "exit_code"
         environment = {**os.environ, **changed, "QWEN3_SFT_EXIT_FILE": str(exit_file)}
-        end = _watch(command, environment, cluster, exit_file)
+        end = _watch(quiet(command), environment, cluster, exit_file)
     if end.code not in (DONE, MISTAKE, INTERRUPTED):
         logger.error("%s", _what_happened(cluster, end))
     return end.code
@@ -202,7 +202,7 @@ def _watch(
     patience = _LINGER_S + (cluster.rdzv_timeout_s if cluster.max_restarts else 0)
     last_seen: float | None = None
     was_ended = False
-    with Agent(quiet(command), environment) as agent:
+    with Agent(command, environment) as agent:
         while agent.poll() is None:
             if agent.has_workers():
                 last_seen = time.monotonic()
