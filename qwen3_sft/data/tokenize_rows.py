@@ -248,7 +248,9 @@ def _in_workers(
     executor = ProcessPoolExecutor(
         num_proc, multiprocessing.get_context("spawn"), _start_worker, (tokenize,)
     )
+    others = set(multiprocessing.active_children())
     waiting: deque[Future[TokenizedRows]] = deque()
+    is_whole = False
     try:
         for chunk in chunks:
             with _deaf_to_ctrl_c():
@@ -257,7 +259,12 @@ def _in_workers(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+        is_whole = True
     finally:
+        # Of an error, or Ctrl-C, nobody waits for the rest; a second Ctrl-C while waiting would
+        # leave a process that never ends (Python 3.11: the queue closes before the last word).
+        for worker in set(multiprocessing.active_children()) - others if not is_whole else ():
+            worker.terminate()
         executor.shutdown(cancel_futures=True)
 
 
