@@ -16,6 +16,7 @@ setup(
     package_data={
         "monkey_patch.kernels.scatter_moe.triton": ["tiles.json"],
         "qwen3_sft.model": ["fp8_measured.json"],
+        "qwen3_sft.options": ["listing.json"],
     },
     install_requires=[
         "torch>=2.11",

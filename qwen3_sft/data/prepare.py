@@ -39,7 +39,7 @@ from qwen3_sft.data.tokenize_rows import (
     TokenizeOptions,
     tokenize_chunks,
 )
-from qwen3_sft.errors import UsageError
+from qwen3_sft.errors import DataError, UsageError, told_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +75,9 @@ def prepare(
     key = cache_key(parts)
     folder = cache / key
     if not _is_whole(folder):
-        with _locked(cache / f"{key}.lock"):
+        # A full disk's error names no file.
+        where = f"{cache}: the token cache cannot be written (--data_cache_dir puts it elsewhere)"
+        with told_as(DataError, where, OSError), _locked(cache / f"{key}.lock"):
             if not _is_whole(folder):
                 _build(folder, args, sources, options, tokenizer, _fingerprints(parts, args))
     dataset = TokenDataset(folder)

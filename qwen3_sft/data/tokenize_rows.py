@@ -9,9 +9,11 @@ import heapq
 import logging
 import multiprocessing
 import os
+import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Literal
@@ -251,16 +253,34 @@ def _in_workers(
     executor = ProcessPoolExecutor(
         num_proc, multiprocessing.get_context("spawn"), _start_worker, (tokenize,)
     )
+    others = set(multiprocessing.active_children())
     waiting: deque[Future[TokenizedRows]] = deque()
+    is_whole = False
     try:
         for chunk in chunks:
-            waiting.append(executor.submit(_work, chunk))
+            with _deaf_to_ctrl_c():
+                waiting.append(executor.submit(_work, chunk))
             if len(waiting) > 2 * num_proc:  # reading ahead further would only cost memory
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+        is_whole = True
     finally:
+        # Of an error, or Ctrl-C, nobody waits for the rest; a second Ctrl-C while waiting would
+        # leave a process that never ends (Python 3.11: the queue closes before the last word).
+        for worker in set(multiprocessing.active_children()) - others if not is_whole else ():
+            worker.terminate()
         executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Start no worker that hears it: the parent does, and ends its workers without a word."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker_tokenize: Callable[[list[RawRow]], TokenizedRows]
