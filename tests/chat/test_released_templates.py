@@ -8,13 +8,11 @@ before, under the row's own mode, and then the answer as the template writes it.
 from __future__ import annotations
 
 import functools
-import json
 import random
 import re
 import sys
 from collections import Counter
 
-import jinja2
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -30,7 +28,7 @@ from tests.support.random_conversations import (
     conversations,
     unmasked,
 )
-from tests.support.real_tokenizer import RELEASED, real_tokenizer, released_template
+from tests.support.real_tokenizer import RELEASED, compiled, real_tokenizer, released_template
 
 _CONTROL = re.compile("(" + "|".join(map(re.escape, QWEN3_CONTROL_TOKENS)) + ")")
 _QUESTION = Message("user", "q")
@@ -61,13 +59,6 @@ def plain_ids(text):
     backend = real_tokenizer().backend_tokenizer
     words = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
     return [token.id for word, _ in words for token in backend.model.tokenize(word)]
-
-
-def compiled(source):
-    """Compile a template as transformers does, but for the sandbox, which is slow."""
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    return environment.from_string(source)
 
 
 class Released:

@@ -84,8 +84,11 @@ def conversations(draw: st.DrawFn) -> Conversation:
     messages = []
     if has_system:
         messages.append(Message("system", draw(_TEXTS)))
-        if has_system == "and an answer":
+        if has_system != "yes":
             messages.append(_answer(draw, chance))
+        if has_system == "and a call":
+            messages.append(_answer(draw, chance, (draw(_CALLS),)))
+            messages += [Message("tool", draw(_TEXTS)), _answer(draw, chance)]
     for _ in range(rounds):
         messages += _round(draw, chance)
     return Conversation(
@@ -97,8 +100,8 @@ def conversations(draw: st.DrawFn) -> Conversation:
 
 
 _SHAPES = _choices(
-    [0, 0, 1, 2, 4], ["", "", "", "yes", "yes", "and an answer"], [1, 2, 3], [0, 0, 1, 2],
-    [None, None, True, False], [False, False, False, True],
+    [0, 0, 1, 2, 4], ["", "", "", "", "yes", "yes", "and an answer", "and a call"], [1, 2, 3],
+    [0, 0, 1, 2], [None, None, True, False], [False, False, False, True],
 )  # fmt: skip
 _STEPS = _choices(
     [0, 0, 0, 1, 2], ["", "", "", "", "late system", "wrapped", "answers", "two answers"]

