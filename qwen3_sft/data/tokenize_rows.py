@@ -59,9 +59,7 @@ class Counts:
     """What became of rows, samples and tokens; every token read is in exactly one entry.
 
     Attributes:
-        rows_split: rows that became several samples.
-        tokens_repeated: tokens of these samples beyond those of each row's longest, which holds
-            the whole conversation: the history that is computed again.
+        tokens_repeated: of split rows' samples, beyond each row's longest: history computed again.
     """
 
     rows_in: int = 0
@@ -243,11 +241,10 @@ def _count_rows(
 
 def _count_splits(lengths: Iterable[list[int]], counts: Counts) -> None:
     """Count rows of several samples, given the tokens of each sample of each row."""
-    for of_row in lengths:
-        if len(of_row) > 1:
-            counts.rows_split += 1
-            counts.samples_of_split_rows += len(of_row)
-            counts.tokens_repeated += sum(of_row) - max(of_row)
+    for of_row in (tokens for tokens in lengths if len(tokens) > 1):
+        counts.rows_split += 1
+        counts.samples_of_split_rows += len(of_row)
+        counts.tokens_repeated += sum(of_row) - max(of_row)
 
 
 def tokenize_chunks(
