@@ -32,6 +32,10 @@ from tests.support.real_tokenizer import RELEASED, compiled, real_tokenizer, rel
 
 _CONTROL = re.compile("(" + "|".join(map(re.escape, QWEN3_CONTROL_TOKENS)) + ")")
 _QUESTION = Message("user", "q")
+MANY = settings(
+    derandomize=True, database=None, deadline=None, max_examples=400,
+    suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate, Phase.shrink],
+)  # fmt: skip
 SEED = random.SystemRandom().randrange(1 << 32)
 COUNTED = Counter()
 
@@ -164,10 +168,7 @@ def test_the_oracle_renders_as_transformers_does(name):
     assert TEMPLATES[name].text(messages, tools, **options) == theirs
 
 
-@settings(
-    derandomize=True, database=None, deadline=None, max_examples=400,
-    suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate, Phase.shrink],
-)  # fmt: skip
+@MANY
 @given(conversations())
 def _many(conversation):
     check_all(conversation)
@@ -184,7 +185,7 @@ def test_many_more_random_conversations():
     sys.stdout.write(f"seed {SEED}\n")  # which pytest shows of a test that fails
 
     @seed(SEED)
-    @settings(_many._hypothesis_internal_use_settings, derandomize=False, max_examples=20_000)
+    @settings(MANY, derandomize=False, max_examples=10_000)
     @given(conversations())
     def many_more(conversation):
         check_all(conversation)
