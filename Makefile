@@ -1,5 +1,5 @@
 # Aliases only; each target is the command that README.md and CONTRIBUTING.md explain.
-.PHONY: setup test faults network lint demo
+.PHONY: setup test faults network oldest lint demo
 
 setup: # makes .venv with the tested versions and the developers' tools
 	bash -euo pipefail -c 'source ./environment.sh; use_environment dev'
@@ -21,3 +21,6 @@ lint:
 
 demo:
 	bash qwen3_sft.sh
+
+oldest: # the fast tests on Python 3.12, torch 2.11, Triton 3.6 in .venv-oldest; writes their signatures
+	bash tests/oldest.sh

@@ -14,7 +14,14 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from monkey_patch.core import AppliedPatches, Patch, PatchError, Replacement, apply_plans
+from monkey_patch.core import (
+    AppliedPatches,
+    Patch,
+    PatchError,
+    Replacement,
+    apply_plans,
+    checked_plans,
+)
 from monkey_patch.experts_fp8 import EXPERTS_FP8
 from monkey_patch.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from monkey_patch.linear_fp8 import LINEAR_FP8
@@ -30,6 +37,7 @@ __all__ = [
     "Replacement",
     "RouterStatistics",
     "apply_patches",
+    "check_patches",
     "router_statistics",
 ]
 
@@ -54,10 +62,27 @@ def apply_patches(model: nn.Module, patches: Iterable[Patch | str]) -> AppliedPa
     Raises:
         PatchError: unknown name, unmet requirement, unsuitable model, conflict, or applied twice.
     """
+    return apply_plans(model, _chosen(patches))
+
+
+def check_patches(model: nn.Module, patches: Iterable[Patch | str]) -> None:
+    """Refuse what `apply_patches` would refuse, and change nothing; the model may be on meta.
+
+    Args:
+        model: as for `apply_patches`.
+        patches: likewise.
+
+    Raises:
+        PatchError: as `apply_patches`.
+    """
+    checked_plans(model, _chosen(patches))
+
+
+def _chosen(patches: Iterable[Patch | str]) -> list[Patch]:
     by_name = {patch.name: patch for patch in PATCHES}
     chosen = []
     for patch in patches:
         if isinstance(patch, str) and patch not in by_name:
             raise PatchError(f"unknown patch {patch!r}; there are {', '.join(by_name)}")
         chosen.append(by_name[patch] if isinstance(patch, str) else patch)
-    return apply_plans(model, chosen)
+    return chosen

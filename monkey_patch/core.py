@@ -164,7 +164,7 @@ def apply_plans(model: nn.Module, patches: Sequence[Patch]) -> AppliedPatches:
         PatchError: a requirement is unmet, a patch is already applied, a plan matches nothing or
             refuses the model, or two replacements conflict. The model is unchanged then.
     """
-    plans = _checked_plans(model, patches)
+    plans = checked_plans(model, patches)
     for patch in patches:
         if patch.register is not None:
             patch.register()
@@ -183,7 +183,12 @@ def apply_plans(model: nn.Module, patches: Sequence[Patch]) -> AppliedPatches:
     return applied
 
 
-def _checked_plans(model: nn.Module, patches: Sequence[Patch]) -> _Plans:
+def checked_plans(model: nn.Module, patches: Sequence[Patch]) -> dict[str, tuple[Replacement, ...]]:
+    """Return what each patch would replace; the model stays as it is.
+
+    Raises:
+        PatchError: as of `apply_plans`.
+    """
     earlier: _Plans = {}
     for module in model.modules():
         earlier |= vars(module).get(_RECORD, {})

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from monkey_patch.compiled import compiled
 from monkey_patch.core import Patch, PatchError, Replacement
 from monkey_patch.fp8_selection import select
 from monkey_patch.kernels.fp8_device import fp8_problem
@@ -77,8 +78,7 @@ def _compiled() -> Callable[..., torch.Tensor]:
     One function for all layers and engines: inside FSDP2's and ZeRO-3's hooks it sees plain
     tensors. Four shapes of a layer, with and without gradients, are a graph each.
     """
-    compiler: Any = torch.compile  # its stubs lack recompile_limit
-    return compiler(fp8_linear, fullgraph=True, recompile_limit=64)
+    return compiled(fp8_linear, max_graphs=64, fullgraph=True)
 
 
 def fp8_linear(

@@ -151,7 +151,10 @@ def plan(model: Any) -> Iterator[Replacement]:
         known = ", ".join(packed_model_types())
         raise PatchError(f"patch {NAME!r}: model type {config.model_type!r}; it knows {known}")
     if getattr(config, "sliding_window", None) is not None:
-        raise PatchError(f"patch {NAME!r}: config.sliding_window is {config.sliding_window}")
+        raise PatchError(
+            f"patch {NAME!r}: config.sliding_window is {config.sliding_window}, which it does not "
+            "know; set attn_implementation='sdpa'"
+        )
     if config.attention_dropout:
         raise PatchError(
             f"patch {NAME!r}: config.attention_dropout is {config.attention_dropout}; set it to 0"

@@ -55,6 +55,11 @@ class Tokens:
     eval: TokenDataset | None = None
     has_own_eval: bool = False
 
+    @property
+    def turn_ends(self) -> list[str]:
+        """The tokens that end a labelled turn, the most important first."""
+        return list(self.train.report["turn_ends"])
+
     def write_reports(self, write: Callable[[str, Any], None]) -> None:
         """Write what was read and what was dropped.
 
@@ -108,7 +113,11 @@ def build_trainer(
         callbacks=_callbacks(args, train_rows, tokens, data, folder, resume_step, plan, metrics),
         engine=engine,
         metrics=metrics,
-        run_facts={"identity": decisions.identity, "versions": versions()},
+        run_facts={
+            "identity": decisions.identity,
+            "versions": versions(),
+            "turn_ends": tokens.turn_ends,
+        },
     )
     _check_engine(trainer, engine)
     _shape_layers(trainer, plan)
@@ -183,6 +192,7 @@ def _callbacks(
             CompletionCallback(
                 StepLines(folder.samples, resume_step) if first else None, prompts,
                 tokens.tokenizer, args.sample_max_new_tokens, resume_step, metrics,
+                tokens.turn_ends,
             )
         )  # fmt: skip
     return callbacks

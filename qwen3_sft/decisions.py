@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+import monkey_patch
 from monkey_patch.core import Patch
 from monkey_patch.fp8_selection import Selection, describe
 from qwen3_sft.distributed.engine import Engine, check_experts, deepspeed_config, detect
+from qwen3_sft.errors import ModelError
 from qwen3_sft.families.family import Family, require
 from qwen3_sft.model.attention import choose_attention
 from qwen3_sft.model.fp8 import NO_FP8, Fp8Choice, choose_fp8
@@ -28,11 +30,13 @@ from qwen3_sft.optimizers.choice import OptimizerChoice, choose_optimizer
 from qwen3_sft.options.draft import TrainDraft
 from qwen3_sft.options.recipe import Options
 from qwen3_sft.plan.advice import describe_advice, nearest
+from qwen3_sft.plan.disk import DiskUse
 from qwen3_sft.plan.plan import Gpu, RunPlan
 from qwen3_sft.plan.planner import experts_for, plan_run
 from qwen3_sft.plan.zero3_units import Unit, check_zero3
 from qwen3_sft.plan.zero3_units import describe as describe_units
 from qwen3_sft.training.arguments import check_packages, completed
+from qwen3_sft.training.upstream_checks import check_arguments, check_optimizer
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,74 @@ def decide(
     if machine.device is None:
         return decisions
     return _for_device(decisions, model, machine.device, env)
+
+
+def check_options(
+    options: Options, machine: Machine, environment: Mapping[str, str] | None = None
+) -> None:
+    """Refuse what needs no model to be refused, before one is downloaded.
+
+    `decide` comes to the same errors; it needs the model.
+
+    Args:
+        options: as they were given.
+        machine: this one.
+        environment: what accelerate's launcher sets; the process's own by default.
+
+    Raises:
+        UsageError: options that contradict each other, the engine or the device, or a package is
+            not installed.
+        ModelError: the attention asked for cannot run here.
+    """
+    env = os.environ if environment is None else environment
+    engine = detect(options.model, options.data, env)
+    check_packages(options.train, engine)
+    processes = int(env.get("WORLD_SIZE", "1"))
+    full = completed(options, engine, processes, has_bf16=machine.has_bf16)
+    check_arguments(full.train, has_evaluation=options.data.has_evaluation)
+    device = machine.device or torch.device("cpu")
+    choose_attention(options.model.attn_implementation, device, compute_dtype(full))
+
+
+def check_model(decisions: Decisions, model: PreTrainedModel) -> None:
+    """Refuse a model that the patches or the optimizer would refuse once its weights are here.
+
+    Args:
+        decisions: for this model.
+        model: on the meta device; not changed.
+
+    Raises:
+        ModelError: a patch does not fit.
+        UsageError: the optimizer cannot be built.
+    """
+    name = decisions.options.model.model_name_or_path
+    if not decisions.family.architecture.experts_in(model):
+        raise ModelError(
+            f"{name}: no layer has experts, as mlp_only_layers and decoder_sparse_step of "
+            "config.json say; only mixtures of experts are trained"
+        )
+    try:
+        monkey_patch.check_patches(model, decisions.patches)
+    except monkey_patch.PatchError as error:
+        raise ModelError(f"{name}: {error}") from error
+    check_optimizer(decisions.options.train, decisions.optimizer, model)
+
+
+def check_disk(decisions: Decisions, model: PreTrainedModel) -> None:
+    """Refuse a disk that is certain to be full before the run has ended; for the first rank.
+
+    Args:
+        decisions: of the run.
+        model: on the meta device.
+
+    Raises:
+        UsageError: with the bytes needed and free.
+    """
+    use = DiskUse.of(
+        decisions.options, model, decisions.optimizer, decisions.weights,
+        has_masters=decisions.engine.layout == "zero",
+    )  # fmt: skip
+    use.check(Path(decisions.options.output_dir))
 
 
 def _for_device(

@@ -16,7 +16,15 @@ import monkey_patch
 from qwen3_sft.build import Tokens, build_trainer
 from qwen3_sft.checkpoints.resume import agree_on_checkpoint, run_identity
 from qwen3_sft.data.prepare import prepare
-from qwen3_sft.decisions import Decisions, Machine, decide, with_plan
+from qwen3_sft.decisions import (
+    Decisions,
+    Machine,
+    check_disk,
+    check_model,
+    check_options,
+    decide,
+    with_plan,
+)
 from qwen3_sft.demo.build import resolve_demo
 from qwen3_sft.distributed.peer_watch import PeerWatch
 from qwen3_sft.distributed.process_group import join_process_group, leave_process_group
@@ -35,12 +43,12 @@ from qwen3_sft.options.batch import rows_per_step
 from qwen3_sft.options.changes import comparable
 from qwen3_sft.options.data_args import DataArguments
 from qwen3_sft.options.draft import TrainDraft
-from qwen3_sft.options.recipe import Options, help_text, parse_options
+from qwen3_sft.options.recipe import Options, parse_options
 from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.plan.advice import MemorySettings
 from qwen3_sft.records.folder_lock import claimed
 from qwen3_sft.records.run_folder import RunFolder, versions
-from qwen3_sft.start_checks import check_start
+from qwen3_sft.start_checks import check_place, check_start
 from qwen3_sft.training.arguments import final_arguments
 from qwen3_sft.training.callbacks import TellStep
 from qwen3_sft.training.out_of_memory import naming
@@ -56,9 +64,6 @@ def run_command(argv: list[str]) -> int:
 
 
 def _run_command(argv: list[str]) -> int:
-    if "--help" in argv or "-h" in argv:
-        logger.info("%s", help_text())
-        return DONE
     options = parse_options(argv)
     if options.train.dry_run:
         for line in dry_run(options):
@@ -77,6 +82,8 @@ def run(options: Options, peers: PeerWatch) -> int:
     if summary := check_start(folder, options):
         logger.info("%s", describe_summary(folder, summary))
         return DONE
+    check_place(options)
+    check_options(options, Machine.here(options.train))
     with claimed(folder):
         return _run_in(folder, options, peers)
 
@@ -87,6 +94,9 @@ def _run_in(folder: RunFolder, options: Options, peers: PeerWatch) -> int:
     checked = checked_base(resolve_model(name, options.model.model_revision))
     base = checked.folder
     decisions = decide(options, checked.model, Machine.here(options.train))
+    check_model(decisions, checked.model)
+    if os.environ.get("RANK", "0") == "0":  # the others write no more than it
+        check_disk(decisions, checked.model)
     _say(decisions)
     # Outside any process group: this may take hours.
     tokens = _prepare_data(data, checked.tokenizer, options.train.seed)
@@ -106,7 +116,7 @@ def _run_in(folder: RunFolder, options: Options, peers: PeerWatch) -> int:
     is_whole = _train(trainer, decisions.checkpoint)
     if is_whole and args.stop_after_steps is None:
         with patches.paused(*FP8_PATCHES):  # whoever loads the model will compute without
-            _finish(trainer, options, decisions.options, base, folder)
+            _finish(trainer, options, decisions.options, base, folder, tokens.turn_ends)
     is_first = trainer.is_world_process_zero()
     peers.leave()
     leave_process_group()
@@ -204,13 +214,15 @@ def _write_records(
 
 
 def _finish(
-    trainer: SftTrainer, asked: Options, used: Options, base: Path, folder: RunFolder
-) -> None:
+    trainer: SftTrainer, asked: Options, used: Options, base: Path, folder: RunFolder,
+    turn_ends: list[str],
+) -> None:  # fmt: skip
     """Export the model, say what happened, and mark the run as finished."""
     dtype = used.model.export_dtype
     export_model(
         trainer.accelerator.unwrap_model(trainer.model), base, folder.model,
-        None if dtype == "auto" else getattr(torch, dtype), source=folder.path,
+        None if dtype == "auto" else getattr(torch, dtype), turn_ends=turn_ends,
+        layout=used.model.export_layout, source=folder.path,
         card=model_card(used, versions()),
     )  # fmt: skip
     if trainer.is_world_process_zero():

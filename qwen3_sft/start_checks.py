@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from qwen3_sft.checkpoints.finished import is_asked_for
 from qwen3_sft.checkpoints.resume import check_allowed, check_resume
+from qwen3_sft.data.readers import check_sources
 from qwen3_sft.export.upload import check_token
+from qwen3_sft.options.paths import refuse_unwritable
 from qwen3_sft.options.recipe import Options
 from qwen3_sft.records.overlap import refuse_run_over_source
 from qwen3_sft.records.ownership import refuse_foreign_run
@@ -26,10 +29,23 @@ def check_start(folder: RunFolder, options: Options) -> dict[str, Any] | None:
         refuse_run_over_source(options)
         refuse_foreign_run(folder.path)
     check_allowed(options.train.allow_change)
-    check_machine(options.train)
     check_token(options.train)
     summary = folder.summary()
     if summary is not None and is_asked_for(folder, summary, options):
         return summary
     check_resume(folder, options.train.resume)
     return None
+
+
+def check_place(options: Options) -> None:
+    """Refuse what this machine lacks: GPUs, datasets, folders to write to.
+
+    Raises:
+        UsageError: naming the option.
+        DataError: a dataset is not there.
+    """
+    check_machine(options.train)
+    refuse_unwritable(Path(options.output_dir), "--output_dir")
+    if options.data.data_cache_dir:
+        refuse_unwritable(Path(options.data.data_cache_dir), "--data_cache_dir")
+    check_sources(options.data)

@@ -18,6 +18,8 @@ import numpy as np
 from qwen3_sft.chat.control_tokens import QWEN3_CONTROL_TOKENS
 from qwen3_sft.chat.pieces import Rendered
 from qwen3_sft.chat.templates import CONTROL_TOKENS
+from qwen3_sft.chat.turn_ends import TurnEnds
+from qwen3_sft.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,18 +35,19 @@ class Encoder:
 
     Attributes:
         eos_token: the tokenizer's end token, for `render_plain`.
+        turn_ends: finds the tokens that end what is labelled.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take over a fast tokenizer.
 
         Raises:
-            ValueError: if it is not a fast tokenizer with Qwen3's control tokens.
+            ModelError: it is not a fast tokenizer with Qwen3's control tokens.
         """
         from tokenizers import AddedToken, Tokenizer
 
         if not tokenizer.is_fast:
-            raise ValueError(
+            raise ModelError(
                 f"{type(tokenizer).__name__} has no fast backend; the model folder needs a "
                 "tokenizer.json"
             )
@@ -53,14 +56,18 @@ class Encoder:
         self.eos_token = str(tokenizer.eos_token)
         missing = [token for token in (*CONTROL_TOKENS, self.eos_token) if token not in self._ids]
         if missing:
-            raise ValueError(
-                f"the tokenizer has no control token {' '.join(missing)}: it is not Qwen3's; use "
+            raise ModelError(
+                f"{tokenizer.name_or_path or 'the tokenizer'}: no control token "
+                f"{' '.join(missing)}: it is not Qwen3's; use "
                 "the tokenizer files of a Qwen3 model"
             )
+        special = [t["content"] for t in spec["added_tokens"] if t["special"]]
         protected = {*QWEN3_CONTROL_TOKENS, self.eos_token}
         own = [token for token in spec["added_tokens"] if token["content"] not in protected]
         spec.update(added_tokens=[], truncation=None, padding=None, post_processor=None)
         self._plain = Tokenizer.from_str(json.dumps(spec))
+        newline = self._plain.encode("\n", add_special_tokens=False).ids
+        self.turn_ends = TurnEnds(self._ids, special, self.eos_token, newline)
         # Without the control tokens before them they get other ids.
         self._plain.add_tokens([AddedToken(**{k: token[k] for k in _FLAGS}) for token in own])
         self._own_ids = {

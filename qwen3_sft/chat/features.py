@@ -7,7 +7,6 @@ second question. Rows that share all of this are written by the same branches of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 from qwen3_sft.chat.samples import Conversation, Message
@@ -22,64 +21,70 @@ def features(conversation: Conversation) -> tuple[Features, Features]:
     The second are the shapes of JSON values: data sets have too many sets of tools for all
     combinations of their shapes.
     """
-    combined = {*_of_turns(conversation.messages), *_of_order(conversation.messages)}
+    found = _of_turns(conversation.messages)
+    values: set[str] = set()
     if conversation.tools:
-        combined.add("tools")
+        found.add("tools")
     if conversation.enable_thinking is not None:
-        combined.add(f"enable_thinking {conversation.enable_thinking}")
-    return frozenset(combined), frozenset(_of_values(conversation))
-
-
-def _of_turns(messages: Sequence[Message]) -> Iterator[str]:
-    last_query = last_query_index(messages)
-    for index, message in enumerate(messages):
-        content = message.content
-        if content != content.strip():
-            yield f"{message.role} with blanks around its text"
-        if message.role == "assistant":
-            yield from _of_answer(message)
-            if message.reasoning is not None:
-                yield "reasoning" if index > last_query else "reasoning in an earlier round"
-        elif message.role == "user":
-            yield "user" if is_query(message) else "user who writes a tool's result"
-        else:
-            yield message.role if index or message.role != "system" else "system first"
-        if not content:
-            yield f"empty {message.role}"
-
-
-def _of_answer(message: Message) -> Iterator[str]:
-    yield "answer with calls" if message.tool_calls else "answer without calls"
-    if message.tool_calls and message.content:
-        yield "text before calls"
-    if len(message.tool_calls) > 1:
-        yield "several calls"
-    if message.written is not None:
-        yield "reasoning in the text"
-    if "</think>" in message.content:
-        yield "</think> in an answer"
-
-
-def _of_order(messages: Sequence[Message]) -> Iterator[str]:
-    for before, after in pairwise(messages):
-        yield f"{after.role} after {before.role}"
-    if sum(message.role == "user" for message in messages) > 1:
-        yield "several rounds"
-    if messages[0].role == "assistant":
-        yield "assistant first"
-
-
-def _of_values(conversation: Conversation) -> Iterator[str]:
-    for message in conversation.messages:
-        for call in message.tool_calls:
-            for name, value in call.arguments.items():
-                yield from _of_value("argument", value)
-                if not name.isascii():
-                    yield "argument's name beyond ASCII"
-            if not call.arguments:
-                yield "call without arguments"
+        found.add(f"enable_thinking {conversation.enable_thinking}")
     for tool in conversation.tools:
-        yield from _of_value("tool", tool)
+        values.update(_of_value("tool", tool))
+    for message in conversation.messages:
+        if message.tool_calls:
+            values.update(_of_calls(message))
+    return frozenset(found), frozenset(values)
+
+
+def _of_turns(messages: Sequence[Message]) -> set[str]:
+    found: set[str] = set()
+    last_query = last_query_index(messages)
+    before, rounds = "nothing", 0
+    for index, message in enumerate(messages):
+        role, content = message.role, message.content
+        found.add(_ORDERS[role, before])
+        if not content:
+            found.add(f"empty {role}")
+        elif content[0].isspace() or content[-1].isspace():
+            found.add(f"{role} with blanks around its text")
+        if role == "assistant":
+            _of_answer(message, found, in_round=index > last_query)
+        elif role == "user":
+            rounds += 1
+            if not is_query(message):
+                found.add("user who writes a tool's result")
+        before = role
+    if rounds > 1:
+        found.add("several rounds")
+    return found
+
+
+_ROLES = ("system", "user", "assistant", "tool")
+_ORDERS = {
+    (role, before): f"{role} after {before}" for role in _ROLES for before in ("nothing", *_ROLES)
+}
+
+
+def _of_answer(message: Message, found: set[str], *, in_round: bool) -> None:
+    if message.tool_calls:
+        found.add("text before calls" if message.content else "calls without text")
+        if len(message.tool_calls) > 1:
+            found.add("several calls")
+    if message.reasoning is not None:
+        found.add("reasoning" if in_round else "reasoning in an earlier round")
+        if message.written is not None:
+            found.add("reasoning in the text")
+    if "</think>" in message.content:
+        found.add("</think> in an answer")
+
+
+def _of_calls(message: Message) -> Iterator[str]:
+    for call in message.tool_calls:
+        for name, value in call.arguments.items():
+            yield from _of_value("argument", value)
+            if not name.isascii():
+                yield "argument's name beyond ASCII"
+        if not call.arguments:
+            yield "call without arguments"
 
 
 def _of_value(what: str, value: Any) -> Iterator[str]:

@@ -119,10 +119,9 @@ def _rendered_here(
     tokenizer: PreTrainedTokenizerBase, compared: Sequence[Comparison]
 ) -> Iterator[str]:
     for ask in compared:
+        tools: Any = ask.tools or None
         yield str(
-            tokenizer.apply_chat_template(
-                ask.messages, tools=ask.tools or None, tokenize=False, **ask.options
-            )
+            tokenizer.apply_chat_template(ask.messages, tools=tools, tokenize=False, **ask.options)
         )
 
 

@@ -2,7 +2,8 @@
 
 In memory the experts of a layer are two fused tensors; on the hub every expert has its own three
 matrices. transformers' own reverse conversion does that step, for one fused tensor at a time: each
-of them is converted without looking at any other.
+of them is converted without looking at any other. By itself it gives back the names that the model
+was loaded from; here they are the family's on the hub, whatever the base had and whoever loaded it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from qwen3_sft.checkpoints.ledger import Ledger
 from qwen3_sft.checkpoints.safetensors_file import write_tensors
@@ -22,6 +24,8 @@ from qwen3_sft.checkpoints.state_tensors import full_tensors
 from qwen3_sft.distributed.rank_zero import RankZero
 
 logger = logging.getLogger(__name__)
+
+Layout = Literal["hub", "fused"]
 
 MAX_SHARD_BYTES = 5 * 10**9  # what the hub recommends for one file
 
@@ -73,6 +77,7 @@ class HubWriter:
         dtype: torch.dtype | None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         ledger: Ledger | None = None,
+        layout: Layout = "hub",
     ) -> None:
         """Write nothing yet.
 
@@ -82,7 +87,9 @@ class HubWriter:
             dtype: of the written floating-point tensors; None leaves them as they are.
             max_shard_bytes: of the tensors in one file; a larger tensor has a file for itself.
             ledger: enters the files, and keeps what the disk refuses; None raises that.
+            layout: names of the tensors: the released models', or the live model's.
         """
+        self._conversions = _hub_conversions(model) if layout == "hub" else []
         self._model, self._folder, self._dtype = model, folder, dtype
         self._max_shard_bytes = max_shard_bytes
         self._is_own = ledger is None
@@ -110,7 +117,7 @@ class HubWriter:
         is_cast = self._dtype is not None and tensor.is_floating_point()
         dtype = self._dtype if is_cast else tensor.dtype
         cast = tensor.detach().to("cpu", dtype)
-        for hub_name, part in revert_weight_conversion(self._model, {name: cast}).items():
+        for hub_name, part in self._converted({name: cast}).items():
             if self._pending and self._pending_bytes + part.nbytes > self._max_shard_bytes:
                 self._write()
             self._pending[hub_name] = part.contiguous()
@@ -144,6 +151,15 @@ class HubWriter:
             file.write(text.encode())
         self._raise_own()
 
+    def _converted(self, entry: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Undo the family's conversions, not those that this model happened to be loaded with."""
+        loaded_with = getattr(self._model, "_weight_conversions", None)
+        self._model._weight_conversions = self._conversions
+        try:
+            return revert_weight_conversion(self._model, entry)
+        finally:
+            self._model._weight_conversions = loaded_with
+
     def _write(self) -> None:
         self._files.append(list(self._pending))
         number = len(self._files)
@@ -161,3 +177,12 @@ class HubWriter:
     def _staged(self, number: int) -> Path:
         """The name of a file while their number is still unknown."""
         return self._folder / f"model-{number:05d}.safetensors"
+
+
+def _hub_conversions(model: Any) -> list[Any]:
+    """Return what turns the hub's names of a family into those in memory.
+
+    A change of prefix is what `from_pretrained` does to a base model's file.
+    """
+    every = get_model_conversion_mapping(model, add_legacy=False)
+    return [conversion for conversion in every if not isinstance(conversion, PrefixChange)]

@@ -55,7 +55,11 @@ class CheckpointSaver:
     def __init__(
         self, args: Any, engine: Engine, run_facts: dict[str, Any], totals: Totals
     ) -> None:
-        """Write nothing yet; every manifest will have `run_facts` and `totals` as they are then."""
+        """Write nothing yet; every manifest will have `run_facts` and `totals` as they are then.
+
+        `turn_ends` among the facts are the tokens that end a labelled turn.
+        """
+        self.turn_ends: list[str] = run_facts.get("turn_ends", [])
         self.folder = Path(str(args.output_dir))
         self._staging = self.folder / STAGING
         self._args, self._engine = args, engine

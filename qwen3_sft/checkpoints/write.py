@@ -6,8 +6,7 @@ leave the others in it. The ledger keeps what failed, and `save.py` tells all ra
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from qwen3_sft.checkpoints import sharded
+from qwen3_sft.checkpoints.hub_metadata import complete_metadata, write_configs
 from qwen3_sft.checkpoints.hub_writer import write_hub_model
 from qwen3_sft.checkpoints.ledger import Ledger
 
@@ -42,23 +42,17 @@ def write_weights(
 
 
 def write_small_files(
-    model: Any, tokenizer: Any, folder: Path, ledger: Ledger, layout: str
+    model: Any, tokenizer: Any, folder: Path, ledger: Ledger, turn_ends: Sequence[str] = ()
 ) -> None:
     """Write what `save_pretrained` writes of model and tokenizer beside the weights; on rank 0.
 
-    No pickle of the arguments, unlike upstream.
+    No pickle of the arguments, unlike upstream, and all that other readers look for.
     """
     with noting(ledger):
         folder.mkdir(parents=True, exist_ok=True)
-        config = model.config
-        if layout == "whole":
-            config = copy.deepcopy(config)
-            config.dtype = str(model.dtype).removeprefix("torch.")
-            config.architectures = [type(model).__name__]
-            if model.can_generate():
-                model.generation_config.save_pretrained(folder)
-        config.save_pretrained(folder)
+        write_configs(model, folder, model.dtype)
         tokenizer.save_pretrained(folder)
+        complete_metadata(folder, tokenizer, turn_ends)
 
 
 def write_states(

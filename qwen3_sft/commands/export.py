@@ -16,7 +16,7 @@ from qwen3_sft.records.ownership import refuse_foreign_export
 
 
 def export_command(argv: list[str]) -> int:
-    """Run `CHECKPOINT FOLDER [--dtype DTYPE] [--trust_checkpoint true]`; return the exit code.
+    """Run `CHECKPOINT FOLDER [--option value ...]`; return the exit code.
 
     Raises:
         UsageError: a path names a variable that is not set, no checkpoint is named, or the folder
@@ -37,20 +37,32 @@ def _export(own: argparse.Namespace) -> int:
     _require_checkpoint(own.checkpoint)
     import torch
 
+    from qwen3_sft.checkpoints.hub_metadata import turn_ends_of
+    from qwen3_sft.checkpoints.manifest import read_manifest
     from qwen3_sft.checkpoints.whole import load_checkpoint
     from qwen3_sft.export.export import export_model
+    from qwen3_sft.model.loading import load_tokenizer
 
     model = load_checkpoint(own.checkpoint, trusted=own.trust_checkpoint == "true")
-    export_model(model, own.checkpoint, own.folder, getattr(torch, own.dtype))
+    tokenizer = load_tokenizer(own.checkpoint)
+    ends = turn_ends_of(read_manifest(own.checkpoint), tokenizer, own.checkpoint)
+    export_model(
+        model, own.checkpoint, own.folder, getattr(torch, own.dtype), turn_ends=ends,
+        layout=own.export_layout,
+    )  # fmt: skip
     return DONE
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Return what the words say: `checkpoint`, `folder`, `dtype` and `trust_checkpoint`."""
+    """Return what the words say, each under its name."""
     parser = argparse.ArgumentParser(prog="qwen3-sft export")
     parser.add_argument("checkpoint")
     parser.add_argument("folder")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--export_layout", choices=("hub", "fused"), default="hub",
+        help="names of the weights: the released models', or transformers 5's own",
+    )  # fmt: skip
     parser.add_argument(
         "--trust_checkpoint", nargs="?", const="true", default="false", choices=("true", "false"),
         help="load it although that might run code; only if you know who wrote it",

@@ -25,6 +25,7 @@ from qwen3_sft.chat import (
     samples,
     templates,
     text,
+    turn_ends,
     written,
 )
 from qwen3_sft.data import (
@@ -69,7 +70,7 @@ TOKENISERS = (
     conversations, counts, csv_rows, defects, encoding, features, fields, file_kinds, formats,
     json_rows, loss_flags, nulls, pieces, plain, questions, raw_rows, readers, reasoning,
     refused, render, samples, source, table_rows, tally, templates, text, token_rows,
-    tokenize_rows, turns, txt_rows, values, written, written_calls,
+    tokenize_rows, turn_ends, turns, txt_rows, values, written, written_calls,
 )  # fmt: skip
 _SETTLED_S = 2.0  # a file changed more recently may change again within the clock's resolution
 

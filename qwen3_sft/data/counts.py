@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from dataclasses import dataclass, field
 
 from qwen3_sft.data.rows.defects import MOST_LISTED
@@ -36,6 +37,7 @@ class Counts:
     tokens_truncated: int = 0
     tokens_dropped: int = 0
     label_tokens: int = 0
+    turn_ends: Counter[str] = field(default_factory=Counter)
     warnings: Tally = field(default_factory=Tally)
     longest: list[tuple[int, str]] = field(default_factory=list)
 
@@ -50,6 +52,7 @@ class Counts:
         self.dropped = (self.dropped + later.dropped)[:MOST_LISTED]
         for name in ("rows_dropped", "samples_dropped", "warnings"):
             getattr(self, name).merge(getattr(later, name))
+        self.turn_ends += later.turn_ends
         self.longest = heapq.nlargest(NUM_LONGEST, self.longest + later.longest)
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(later, name))

@@ -38,6 +38,7 @@ from qwen3_sft.data.tokenize_rows import (
     TokenizeOptions,
     tokenize_chunks,
 )
+from qwen3_sft.errors import DataError, UsageError, told_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +64,7 @@ def prepare(
 
     Raises:
         DataError: for a source or a row that cannot be trained on, or too many dropped rows.
+        UsageError: the cache's folder cannot be made.
         RuntimeError: if a process group exists already.
     """
     _refuse_process_group()
@@ -73,7 +75,9 @@ def prepare(
     key = cache_key(parts)
     folder = cache / key
     if not _is_whole(folder):
-        with _locked(cache / f"{key}.lock"):
+        # A full disk's error names no file.
+        where = f"{cache}: the token cache cannot be written (--data_cache_dir puts it elsewhere)"
+        with told_as(DataError, where, OSError), _locked(cache / f"{key}.lock"):
             if not _is_whole(folder):
                 _build(folder, args, sources, options, tokenizer, _fingerprints(parts, args))
     dataset = TokenDataset(folder)
@@ -119,9 +123,14 @@ def _refuse_process_group() -> None:
 
 
 def _cache_folder(args: DataArguments) -> Path:
+    folder = Path.home() / ".cache" / "qwen3_sft" / "tokens"
     if args.data_cache_dir:
-        return Path(args.data_cache_dir)
-    return Path.home() / ".cache" / "qwen3_sft" / "tokens"
+        folder = Path(args.data_cache_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--data_cache_dir {folder}: {error.strerror}; set another one") from error
+    return folder
 
 
 def _parts(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qwen3_sft.data.files.file_kinds import KINDS, FileOptions, file_rows, is_data_file
 from qwen3_sft.data.json_rows import Row
 from qwen3_sft.data.tally import Tally
-from qwen3_sft.errors import DataError
+from qwen3_sft.errors import DataError, said, told_as
 
 if TYPE_CHECKING:
     from qwen3_sft.options.data_args import DataArguments
@@ -61,6 +61,17 @@ def find_sources(args: DataArguments, *, eval: bool = False) -> list[RowSource]:
     return [source for name in names for source in _find(name, args)]
 
 
+def check_sources(args: DataArguments) -> None:
+    """Look for all data, read none: that for evaluation would be missed hours later.
+
+    Raises:
+        DataError: as of `find_sources`.
+    """
+    find_sources(args)
+    if args.eval_dataset:
+        find_sources(args, eval=True)
+
+
 def _find(name: str, args: DataArguments) -> list[RowSource]:
     path = Path(name)
     options = FileOptions(args.on_bad_row == "drop", args.txt_rows)
@@ -71,6 +82,8 @@ def _find(name: str, args: DataArguments) -> list[RowSource]:
     base, colon, split = name.rpartition(":")
     if colon and Path(base).is_dir():
         return _folder_sources(Path(base), split, options)
+    if path.is_symlink() or path.exists():
+        raise DataError(f"{name}: neither a file nor a folder, but a pipe, device or broken link")
     hub_id, split = (base, split) if colon else (name, args.dataset_split)
     if not _looks_like_hub_id(hub_id):
         raise DataError(f"{name}: no such file or folder{_suggestion(path)}")
@@ -132,10 +145,12 @@ class _FileSource:
 
     def rows(self, tally: Tally) -> Iterator[Row]:
         """Yield the rows of a file by its ending."""
-        return file_rows(self.path, tally, self.options)
+        with told_as(DataError, self.path, OSError):
+            yield from file_rows(self.path, tally, self.options)
 
     def identity(self, digest: Digest) -> str:
-        return f"{''.join(self.path.suffixes[-2:])} {digest(self.path)}"
+        with told_as(DataError, self.path, OSError):
+            return f"{''.join(self.path.suffixes[-2:])} {digest(self.path)}"
 
 
 @dataclass(frozen=True)
@@ -150,12 +165,14 @@ class _SavedSource:
 
     def rows(self, tally: Tally) -> Iterator[Row]:
         from datasets import load_from_disk
+        from pyarrow import ArrowException
 
-        try:
+        where = f"{self.path}: cannot read this saved dataset"
+        # What its JSON files hold is checked nowhere.
+        damage = (OSError, ArrowException, ValueError, TypeError, LookupError, AttributeError)
+        with told_as(DataError, where, *damage):
             dataset = load_from_disk(str(self.path)).with_format(None)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.path}: cannot read this saved dataset: {error}") from error
-        return _numbered(self.name, dataset)
+        yield from _numbered(self.name, dataset)
 
     def identity(self, digest: Digest) -> str:
         return " ".join(digest(path) for path in sorted(self.path.glob("*")) if path.is_file())
@@ -186,10 +203,10 @@ class _HubSource:
                 revision=self.revision,
                 streaming=self.streaming,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, *_errors_of_datasets()) as error:
             raise DataError(
                 f"{self.name}: neither a file or folder here nor a dataset that loads from the "
-                f"hub: {error}{_suggestion(Path(self.hub_id))}"
+                f"hub: {said(error)}{_suggestion(Path(self.hub_id))}"
             ) from error
 
     def rows(self, tally: Tally) -> Iterator[Row]:
@@ -203,9 +220,27 @@ class _HubSource:
         try:
             info = HfApi().dataset_info(self.hub_id, revision=self.revision)
         except OSError as error:
-            raise DataError(f"{self.name}: the hub does not answer: {error}") from error
+            raise DataError(f"{self.name}: the hub does not answer: {said(error)}") from error
         return f"{info.sha} {self.config}"
 
 
 def _numbered(name: str, rows: Any) -> Iterator[Row]:
-    return ((f"{name}:row {number}", row) for number, row in enumerate(rows, 1))
+    """Yield the rows of a dataset; its files are read, and fetched, as it goes on."""
+    number = 0
+    iterator = iter(rows)
+    while True:
+        number += 1
+        where = f"{name}:row {number}"
+        with told_as(DataError, where, OSError, ValueError, *_errors_of_datasets()):
+            row = next(iterator, None)
+        if row is None:
+            return
+        yield where, row
+
+
+def _errors_of_datasets() -> tuple[type[Exception], ...]:
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # of the httpx that it uses
+    from pyarrow import ArrowException
+
+    return DatasetsError, ArrowException, HTTPError

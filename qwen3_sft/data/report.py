@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen3_sft.chat.turn_ends import in_order
 from qwen3_sft.data.readers import RowSource
 from qwen3_sft.data.rows.defects import ASKED_FOR, BAD_ROW
 from qwen3_sft.data.tokenize_rows import Counts, TokenizeOptions
@@ -65,6 +66,7 @@ def make_report(counts: Counts, lengths: np.ndarray) -> dict[str, Any]:
         "tokens_truncated": counts.tokens_truncated,
         "tokens_dropped": counts.tokens_dropped,
         "label_tokens": counts.label_tokens,
+        "turn_ends": in_order(counts.turn_ends),
         "supervised_fraction": _share(counts.label_tokens, counts.tokens_used),
         "length_histogram": _histogram(lengths),
         "length_quantiles": _quantiles(lengths),
@@ -171,11 +173,17 @@ def report_text(report: dict[str, Any]) -> str:
         *_entries(report["samples_dropped"]),
         _equation("tokens", report, ["used", "truncated"]),
         f"labels    {report['label_tokens']:,} tokens, {report['supervised_fraction']:.1%} of used",
+        f"ends      {_ends(report['turn_ends'])}",
         "lengths   "
         + ", ".join(f"{name} {value:,}" for name, value in report["length_quantiles"].items()),
         *(f"warning   {line.strip()}" for line in _entries(report["warnings"])),
     ]
     return "\n".join(lines)
+
+
+def _ends(turn_ends: dict[str, int]) -> str:
+    """Say which tokens end what is labelled: generation will stop there."""
+    return ", ".join(f"{token} x {n:,}" for token, n in turn_ends.items()) or "no end token"
 
 
 def _splits(report: dict[str, Any]) -> Iterator[str]:

@@ -50,6 +50,7 @@ class TemplateCheck:
         self.is_explicit = is_explicit
         self._chooser = RowChooser()
         self._waiting: list[RawRow] = []
+        self._is_told = False
 
     def __call__(self, chunks: Iterable[TokenizedRows]) -> Iterator[TokenizedRows]:
         """Pass tokenised rows on and check them: all have been when this ends.
@@ -73,7 +74,7 @@ class TemplateCheck:
     def _check(self) -> None:
         rows, self._waiting = self._waiting, []
         chat_format = self.options.chat_format
-        if not rows or chat_format is None or not chat_template(self.tokenizer):
+        if self._is_told or not rows or chat_format is None or not chat_template(self.tokenizer):
             return
         compared = [ask for row in rows for ask in _comparisons(row, chat_format)]
         try:
@@ -84,6 +85,7 @@ class TemplateCheck:
                 name = self.tokenizer.name_or_path or "tokenizer"
                 raise DataError(f"{name}: {error}") from error
             logger.warning("training on %s as told, but %s", chat_format, error)
+            self._is_told = True  # once is enough
 
 
 def _comparisons(row: RawRow, chat_format: str) -> Iterator[Comparison]:

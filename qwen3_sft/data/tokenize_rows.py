@@ -9,9 +9,11 @@ import heapq
 import logging
 import multiprocessing
 import os
+import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Literal
@@ -111,6 +113,9 @@ class RowTokenizer:
                 lost.setdefault(row.number, fitted.reason)
             else:
                 used.append(fitted)
+                counts.turn_ends += self.encoder.turn_ends.count(
+                    ids, trained, len(fitted.ids), is_given=isinstance(rendered, Tokens)
+                )
         _count_rows(rows, used, lost, counts)
         _count_splits(lengths.values(), counts)
         return TokenizedRows(used, counts, chosen)
@@ -213,11 +218,10 @@ def _count_rows(
 
 def _count_splits(lengths: Iterable[list[int]], counts: Counts) -> None:
     """Count rows of several samples, given the tokens of each sample of each row."""
-    for of_row in lengths:
-        if len(of_row) > 1:
-            counts.rows_split += 1
-            counts.samples_of_split_rows += len(of_row)
-            counts.tokens_repeated += sum(of_row) - max(of_row)
+    for of_row in (tokens for tokens in lengths if len(tokens) > 1):
+        counts.rows_split += 1
+        counts.samples_of_split_rows += len(of_row)
+        counts.tokens_repeated += sum(of_row) - max(of_row)
 
 
 def tokenize_chunks(
@@ -248,16 +252,34 @@ def _in_workers(
     executor = ProcessPoolExecutor(
         num_proc, multiprocessing.get_context("spawn"), _start_worker, (tokenize,)
     )
+    others = set(multiprocessing.active_children())
     waiting: deque[Future[TokenizedRows]] = deque()
+    is_whole = False
     try:
         for chunk in chunks:
-            waiting.append(executor.submit(_work, chunk))
+            with _deaf_to_ctrl_c():
+                waiting.append(executor.submit(_work, chunk))
             if len(waiting) > 2 * num_proc:  # reading ahead further would only cost memory
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+        is_whole = True
     finally:
+        # Of an error, or Ctrl-C, nobody waits for the rest; a second Ctrl-C while waiting would
+        # leave a process that never ends (Python 3.11: the queue closes before the last word).
+        for worker in set(multiprocessing.active_children()) - others if not is_whole else ():
+            worker.terminate()
         executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Start no worker that hears it: the parent does, and ends its workers without a word."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker_tokenize: Callable[[list[RawRow]], TokenizedRows]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
+from qwen3_sft.checkpoints.hub_metadata import CONFIG, GENERATION, as_ids
 from qwen3_sft.checkpoints.state_tensors import full_tensors
 from qwen3_sft.errors import ExportError
-from qwen3_sft.model.loading import load_strict
+from qwen3_sft.model.loading import load_strict, load_tokenizer
 
 # The weights are equal bit by bit, so only other kernels (float32) and roundings to a narrower type
 # (in which one of the two models may compute) may show in the logits, as RMS ratios.
@@ -32,22 +35,26 @@ class Expected:
     Attributes:
         digests: of each entry of `full_tensors`, cast as written.
         logits: (1, 16, V) on the CPU, of the probe; their dtype is that of the computation.
+        turn_ends: ids of the tokens that end a labelled turn, the most important first.
     """
 
     digests: dict[str, str]
     logits: Tensor
+    turn_ends: tuple[int, ...] = ()
 
     def save(self, folder: Path) -> None:
         """Write it to a folder."""
         folder.mkdir()
-        (folder / "digests.json").write_text(json.dumps(self.digests), encoding="utf-8")
+        notes = {"digests": self.digests, "turn_ends": self.turn_ends}
+        (folder / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
         save_file({"logits": self.logits}, folder / "logits.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> Expected:
         """Read what `save` wrote."""
-        digests = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
-        return cls(digests, load_file(folder / "logits.safetensors")["logits"])
+        notes = json.loads((folder / "notes.json").read_text(encoding="utf-8"))
+        logits = load_file(folder / "logits.safetensors")["logits"]
+        return cls(notes["digests"], logits, tuple(notes["turn_ends"]))
 
 
 def digest(tensor: Tensor) -> str:
@@ -82,7 +89,7 @@ def probe(model: Any) -> Tensor:
 
 
 def check_export(folder: Path, expected: Expected) -> None:
-    """Reload `folder` on the CPU and compare keys, shapes, dtypes, bits and logits.
+    """Reload `folder` on the CPU; compare keys, shapes, dtypes, bits and logits, and generate.
 
     Raises:
         ExportError: what differs.
@@ -101,6 +108,54 @@ def check_export(folder: Path, expected: Expected) -> None:
     ratio = ((got - want).square().mean() / want.square().mean()).sqrt().item()
     if not ratio <= limit:
         raise ExportError(f"{folder}: probe logits differ by {ratio:.2e} (RMS ratio) > {limit:.0e}")
+    if expected.turn_ends:
+        check_stops(reloaded, folder, expected.turn_ends)
+
+
+def check_stops(model: Any, folder: Path, turn_ends: Sequence[int]) -> None:
+    """Find out whether readers of `folder` stop at each token that ends a labelled turn.
+
+    What the model will say is the training's affair, so the end token is put into its mouth: stock
+    generation with the folder's own settings must stop there.
+
+    Raises:
+        ExportError: a file names another end token, or generation went on.
+    """
+    tokenizer = load_tokenizer(folder)
+    named = {"the tokenizer": as_ids(tokenizer.eos_token_id)}
+    for name in (GENERATION, CONFIG):
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        named[name] = as_ids(content.get("eos_token_id"))
+    for name, ids in named.items():
+        wanted = turn_ends[:1] if name == "the tokenizer" else turn_ends
+        if ids[:1] != list(turn_ends[:1]) or not set(wanted) <= set(ids):
+            raise ExportError(f"{folder}: {name} ends at {ids}, trained turns at {wanted}")
+    for end in turn_ends:
+        if (length := _generated(model, tokenizer, end)) != 1:
+            raise ExportError(f"{folder}: generation goes on after {end}, for {length} tokens")
+
+
+class _SayOnly(LogitsProcessor):
+    """Leave one token to choose from."""
+
+    def __init__(self, token: int) -> None:
+        self._token = token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        only = torch.full_like(scores, -torch.inf)
+        only[:, self._token] = 0
+        return only
+
+
+@torch.no_grad()
+def _generated(model: Any, tokenizer: Any, token: int) -> int:
+    """Return how many tokens stock generation says until it stops, at most two."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    said = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2,
+        logits_processor=LogitsProcessorList([_SayOnly(token)]), tokenizer=tokenizer,
+    )  # fmt: skip
+    return said.shape[1] - 1
 
 
 if __name__ == "__main__":

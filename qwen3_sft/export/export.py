@@ -1,22 +1,21 @@
 """Write a trained model as a hub checkpoint and prove that it loads as it was trained.
 
 transformers' conversion gives the hub's per-expert names. Added here: one tensor at a time instead
-of a second copy of the model, whatever engine holds it; `num_experts` in config.json (transformers
-writes only `num_local_experts`; readers that look for the other name fall back to the class default
-of 128); the base model's own tokenizer, template and generation files; and a reload that compares
-every tensor and the logits of a probe before the folder gets its final name.
+of a second copy of the model, whatever engine holds it; the base model's own tokenizer, template
+and generation files, in which the tokens that were trained to end a turn end it, and the keys that
+other readers look for (`checkpoints/hub_metadata.py`); and a reload that compares every tensor and
+the logits of a probe, and generates, before the folder gets its final name.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,18 @@ import torch
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from qwen3_sft.checkpoints.folders import publish
-from qwen3_sft.checkpoints.hub_writer import MAX_SHARD_BYTES, HubWriter
+from qwen3_sft.checkpoints.hub_metadata import (
+    GENERATION,
+    complete_metadata,
+    token_id,
+    write_configs,
+)
+from qwen3_sft.checkpoints.hub_writer import MAX_SHARD_BYTES, HubWriter, Layout
 from qwen3_sft.checkpoints.state_tensors import full_tensors
 from qwen3_sft.distributed.rank_zero import RankZero
 from qwen3_sft.errors import ExportError
 from qwen3_sft.export.check import Expected, check_export, digest, probe
-from qwen3_sft.model.loading import TOKENIZER_FILES
+from qwen3_sft.model.loading import TOKENIZER_FILES, load_tokenizer
 from qwen3_sft.records.folder_lock import held, lock_beside
 from qwen3_sft.records.ownership import mark_export, refuse_foreign_export
 
@@ -51,6 +56,8 @@ def export_model(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     *,
+    turn_ends: Sequence[str] = (),
+    layout: Layout = "hub",
     source: Path | None = None,
     card: str | None = None,
 ) -> None:
@@ -70,6 +77,9 @@ def export_model(
             verified; a link is followed.
         dtype: of the written weights; None takes the base model's.
         max_shard_bytes: of the tensors in one file.
+        turn_ends: tokens that end a labelled turn, the most important first; without any the base's
+            end tokens stay.
+        layout: of the weights: the hub's names, or transformers 5's own with fused experts.
         source: what the mark of the export names; `base` by default.
         card: text of README.md, None for none.
 
@@ -81,7 +91,9 @@ def export_model(
     rank0 = RankZero(folder, raises=ExportError)
     with ExitStack() as locks:
         rank0.do(locks.enter_context, held(lock_beside(folder), folder))
-        export = rank0.do(_Export, model, base, folder, dtype, max_shard_bytes, card)
+        export = rank0.do(
+            _Export, model, base, folder, dtype, max_shard_bytes, card, turn_ends, layout
+        )
         dtype = rank0.agree(export.dtype if export else None)
         for name, tensor in full_tensors(model, dtype):
             if tensor is not None:
@@ -98,7 +110,7 @@ class _Export:
 
     def __init__(
         self, model: Any, base: Path, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int,
-        card: str | None,
+        card: str | None, turn_ends: Sequence[str], layout: Layout,
     ) -> None:  # fmt: skip
         refuse_foreign_export(folder)
         self.dtype = base_dtype(base) if dtype is None else dtype
@@ -107,13 +119,11 @@ class _Export:
         shutil.rmtree(self._staging, ignore_errors=True)
         self._staging.mkdir(parents=True)
         logger.info("exporting to %s: writing, reloading, comparing", folder)
-        _write_config(model, self._staging, self.dtype)
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if (base / name).is_file():
-                shutil.copyfile(base / name, self._staging / name)
+        self._turn_ends = _write_metadata(model, base, self._staging, self.dtype, turn_ends)
         if card is not None:
             (self._staging / "README.md").write_text(card, encoding="utf-8")
-        self._writer = HubWriter(model, self._staging, self.dtype, max_shard_bytes)
+        self._writer = HubWriter(model, self._staging, self.dtype, max_shard_bytes, layout=layout)
+        self._layout = layout
         self._digests: dict[str, str] = {}
         # Here a GPU has no room, Liger has replaced classes, or ZeRO-3 would shard what is loaded.
         self._is_isolated = model.device.type != "cpu" or is_deepspeed_zero3_enabled()
@@ -130,9 +140,10 @@ class _Export:
             UsageError: somebody has put something into the folder meanwhile.
         """
         self._writer.close()
-        expected = Expected(self._digests, logits)
+        expected = Expected(self._digests, logits, self._turn_ends)
         verify(self._staging, expected, is_isolated=self._is_isolated, on_wait=on_wait)
-        mark_export(self._staging, source, str(self.dtype).removeprefix("torch."))
+        name = str(self.dtype).removeprefix("torch.")
+        mark_export(self._staging, source, name, self._layout)
         refuse_foreign_export(self._folder)
         publish(self._staging, self._folder)
         logger.info(
@@ -200,23 +211,16 @@ def base_dtype(base: Path) -> torch.dtype:
     return getattr(torch, str(name).removeprefix("torch."))
 
 
-def _write_config(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write config.json and generation_config.json as `save_pretrained` would, and the additions.
-
-    FSDP2 puts its name before the model's class.
-    """
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__.removeprefix("FSDP")]
-    config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    path = folder / "config.json"
-    written = json.loads(path.read_text(encoding="utf-8"))
-    experts = written.get("num_experts", written.get("num_local_experts"))
-    written |= {
-        "num_experts": experts,
-        "num_local_experts": experts,
-        "dtype": str(dtype).removeprefix("torch."),
-        "use_cache": True,
-    }
-    path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+def _write_metadata(
+    model: Any, base: Path, folder: Path, dtype: torch.dtype, turn_ends: Sequence[str]
+) -> tuple[int, ...]:
+    """Write all but the weights; return the ids of the tokens that end a labelled turn."""
+    write_configs(model, folder, dtype)
+    for name in (*TOKENIZER_FILES, GENERATION):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    tokenizer = load_tokenizer(folder)
+    complete_metadata(folder, tokenizer, turn_ends)
+    if not turn_ends:
+        logger.warning("no labelled turn has an end token: generation stops where the base did")
+    return tuple(token_id(tokenizer, token, folder) for token in turn_ends)

@@ -117,6 +117,10 @@ def read_weight_map(index: Path) -> dict[str, str]:
         check_index(content, index)
     except ValueError as error:
         raise ModelError(f"{index}: {error}") from error
+    if not isinstance(content.get("metadata"), dict):
+        raise ModelError(
+            f'{index}: has no metadata, which transformers reads: add "metadata": {{}}'
+        )
     return content["weight_map"]
 
 

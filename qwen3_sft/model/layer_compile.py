@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
+from monkey_patch.compiled import compiled
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import UsageError
 from qwen3_sft.families.family import family_of
@@ -112,13 +113,12 @@ def compile_layers(model: PreTrainedModel, *, mode: str | None = None, backend: 
     attention = model.config.get_text_config()._attn_implementation
     # It would cut a layer where a bucket of gradients ends; layers are small enough to overlap.
     torch._dynamo.config.optimize_ddp = False
-    compiler: Any = torch.compile  # its stubs lack recompile_limit
-    compiled = compiler(
-        _run, fullgraph=attention in _WITHOUT_BREAKS, mode=mode, backend=backend or "inductor",
-        recompile_limit=_MAX_GRAPHS,
+    run = compiled(
+        _run, _MAX_GRAPHS, fullgraph=attention in _WITHOUT_BREAKS, mode=mode,
+        backend=backend or "inductor",
     )  # fmt: skip
     for layer in layers:
-        setattr(layer, "forward", _CompiledForward(layer, compiled).forward)  # noqa: B010
+        setattr(layer, "forward", _CompiledForward(layer, run).forward)  # noqa: B010
     kinds = len({_kind(layer) for layer in layers})
     logger.info("compiling %d layers of %d kinds in the first step", len(layers), kinds)
     return kinds

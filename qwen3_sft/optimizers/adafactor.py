@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.optimization import Adafactor
 
+from monkey_patch.compiled import compiled
 from qwen3_sft.optimizers.loaded_states import keep_float32_states
 from qwen3_sft.optimizers.low_bit_step import MAX_GRAPHS, Clip
 
@@ -42,9 +43,8 @@ class AdafactorStep:
     def __init__(self, optimizer: Any) -> None:
         """Compile lazily: nothing is compiled before the first CUDA parameter."""
         self.optimizer = optimizer
-        compiler: Any = torch.compile  # its stubs lack recompile_limit
         self._compiled: list[Callable[..., Any]] = [
-            compiler(function, fullgraph=True, dynamic=False, recompile_limit=MAX_GRAPHS)
+            compiled(function, MAX_GRAPHS, fullgraph=True, dynamic=False)
             for function in (_statistics, _square_sum, _apply)
         ]
 

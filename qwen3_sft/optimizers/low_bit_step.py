@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from monkey_patch.compiled import compiled
+
 # Elements of a slice, multiples of every block size. Both expert tensors of Qwen3-30B-A3B are whole
 # numbers of compiled slices (6 and 3), so that one graph serves them.
 SLICE = 1 << 18
@@ -62,9 +64,8 @@ class LowBitStep:
         if optimizer.defaults["amsgrad"] or not optimizer.is_adamw:
             raise ValueError(f"{type(optimizer).__name__} with amsgrad or coupled weight decay")
         self.optimizer = optimizer
-        compiler: Any = torch.compile  # its stubs lack recompile_limit
-        self._compiled: Callable[..., None] = compiler(
-            _update, fullgraph=True, dynamic=False, recompile_limit=MAX_GRAPHS
+        self._compiled: Callable[..., None] = compiled(
+            _update, MAX_GRAPHS, fullgraph=True, dynamic=False
         )
 
     def __call__(self, parameter: Tensor, group: dict[str, Any], clip: Clip) -> None:

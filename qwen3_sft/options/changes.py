@@ -44,8 +44,8 @@ OPTIONS: dict[Meaning, tuple[str, ...]] = {
     ),
     # What is measured on the way, and what becomes of the trained weights.
     "result": (
-        "export_dtype", "eval_dataset", "eval_strategy", "eval_steps", "eval_delay",
-        "eval_on_start", "load_best_model_at_end", "metric_for_best_model",
+        "export_dtype", "export_layout", "eval_dataset", "eval_strategy", "eval_steps",
+        "eval_delay", "eval_on_start", "load_best_model_at_end", "metric_for_best_model",
         "early_stopping_patience", "push_to_hub", "hub_model_id", "hub_private_repo",
     ),
     "free": (

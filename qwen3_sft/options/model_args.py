@@ -28,6 +28,13 @@ class ModelArguments:
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "of the exported model; auto: the base model's own"}
     )
+    export_layout: Literal["hub", "fused"] = field(
+        default="hub",
+        metadata={
+            "help": "names of the exported weights: hub, the released models', every expert for "
+            "itself; fused, transformers 5's own, which several readers do not know"
+        },
+    )
     experts_implementation: Literal[
         "scatter_moe", "scatter_moe_recompute", "grouped_mm", "batched_mm", "eager"
     ] = field(

@@ -50,3 +50,18 @@ def with_expanded_paths(name: str, value: Any) -> Any:
     if isinstance(value, list):
         return [expanded(entry, f"--{name}") for entry in value]
     return expanded(value, f"--{name}")
+
+
+def refuse_unwritable(folder: Path, option: str) -> None:
+    """Refuse a folder that could not be made or written to, and make nothing.
+
+    Raises:
+        UsageError: naming the option, and the part of the path that is in the way.
+    """
+    there = folder.absolute()
+    while not there.exists() and not there.is_symlink():
+        there = there.parent
+    if not there.is_dir():
+        raise UsageError(f"{option} {folder}: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} {folder}: {there} is not writable")

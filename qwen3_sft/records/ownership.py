@@ -83,18 +83,20 @@ def mark_run(folder: Path) -> None:
         _write(folder / RUN_MARK, {"versions": _own_versions()})
 
 
-def mark_export(folder: Path, source: Path, dtype: str) -> None:
+def mark_export(folder: Path, source: Path, dtype: str, layout: str = "hub") -> None:
     """Say in a whole export that it is one; no folder of this machine, models are passed on.
 
     Args:
         folder: with all its files.
         source: the run or the checkpoint.
         dtype: of the weights.
+        layout: of their names, `hub` or `fused`.
     """
     facts = {
         "versions": _own_versions(),
         "source": "/".join(source.absolute().parts[-2:]),
         "dtype": dtype,
+        "layout": layout,
         "files": sorted(path.name for path in folder.iterdir()),
     }
     _write(folder / EXPORT_MARK, facts)

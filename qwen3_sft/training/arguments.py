@@ -21,16 +21,9 @@ from qwen3_sft.options.draft import TrainDraft
 from qwen3_sft.options.recipe import Options
 from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.options.values import package_of_optimizer
+from qwen3_sft.training.upstream_checks import check_reporters
 
 logger = logging.getLogger(__name__)
-
-# Reporters by the modules that serve them; transformers knows some more.
-_REPORTERS = {
-    "wandb": ("wandb",),
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "mlflow": ("mlflow",),
-    "trackio": ("trackio",),
-}
 
 
 def completed(options: Options, engine: Engine, world_size: int, *, has_bf16: bool) -> Options:
@@ -56,6 +49,8 @@ def completed(options: Options, engine: Engine, world_size: int, *, has_bf16: bo
         train = replace(train, ddp_find_unused_parameters=False)
     train = replace(train, gradient_accumulation_steps=accumulation_steps(train, world_size))
     train = _with_evaluation(train, has_eval=options.data.has_evaluation)
+    if train.save_strategy == "best" and train.metric_for_best_model is None:
+        train = replace(train, metric_for_best_model="loss")  # as upstream, for the best at the end
     _check_engine(train, engine)
     choice = choose_optimizer(options, engine)
     check_optimizer_choice(train, choice, engine)
@@ -78,10 +73,7 @@ def check_packages(train: TrainDraft, engine: Engine) -> None:
     module = package_of_optimizer(optim)
     if module is not None and importlib.util.find_spec(module) is None:
         raise UsageError(f"--optim {optim}: {module} is not installed; pip install it")
-    for reporter in train.report_to:
-        modules = _REPORTERS.get(reporter, ())
-        if modules and not any(importlib.util.find_spec(name) for name in modules):
-            raise UsageError(f"--report_to {reporter}: not installed; pip install {reporter}")
+    check_reporters(train)
 
 
 def check_machine(train: TrainDraft) -> None:

@@ -69,9 +69,17 @@ def _question(prompt: str) -> str:
 
 @torch.no_grad()
 def complete(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    turn_ends: Sequence[str] = (),
 ) -> list[str]:
-    """Return a greedy completion of each prompt; the model's mode is put back afterwards."""
+    """Return a greedy completion of each prompt; the model's mode is put back afterwards.
+
+    It ends at the tokens that end a labelled turn, or where there are none at the tokenizer's own.
+    """
+    ends = [tokenizer.convert_tokens_to_ids(t) for t in turn_ends or [tokenizer.eos_token]]
     was_training = model.training
     model.eval()
     texts = []
@@ -79,7 +87,7 @@ def complete(
         ids = torch.tensor([prompt.ids], device=model.device)
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True,
-            max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+            max_new_tokens=max_new_tokens, eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id, temperature=None, top_p=None, top_k=None,
         )  # fmt: skip
         texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
@@ -102,9 +110,11 @@ class CompletionCallback(TrainerCallback):
         max_new_tokens: int,
         resume_step: int | None,
         metrics: Metrics,
+        turn_ends: Sequence[str] = (),
     ) -> None:
         """Remember what to ask, and whose step time it is not."""
         self.lines, self.prompts, self.tokenizer = lines, prompts, tokenizer
+        self.turn_ends = turn_ends
         self.max_new_tokens = max_new_tokens
         self.metrics = metrics
         self._last_step = resume_step  # answered before the run was interrupted
@@ -126,7 +136,9 @@ class CompletionCallback(TrainerCallback):
             return
         self._last_step = state.global_step
         with self.metrics.window.pause():
-            answers = complete(model, self.tokenizer, self.prompts, self.max_new_tokens)
+            answers = complete(
+                model, self.tokenizer, self.prompts, self.max_new_tokens, self.turn_ends
+            )
         for prompt, answer in zip(self.prompts, answers, strict=True):
             if self.lines is None:
                 continue

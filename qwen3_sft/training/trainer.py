@@ -243,7 +243,8 @@ class SftTrainer(Trainer):
         with self.saver.ledger(folder) as ledger:
             write.write_weights(self.model, folder, ledger, layout, plugin)
             if self.args.should_save:
-                write.write_small_files(self.model, self.processing_class, folder, ledger, layout)
+                ends = self.saver.turn_ends
+                write.write_small_files(self.model, self.processing_class, folder, ledger, ends)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Hash what is written; upstream would write only the first shard of a native engine's."""
@@ -259,8 +260,7 @@ class SftTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Enter each rank's own file."""
-        folder = Path(output_dir)
-        file = write.rng_file(folder, self.args)
+        file = write.rng_file(folder := Path(output_dir), self.args)
         with self.saver.ledger(folder) as ledger, write.recording(ledger, file):
             super()._save_rng_state(output_dir)
 

