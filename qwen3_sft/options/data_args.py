@@ -17,7 +17,9 @@ class DataArguments:
     dataset_format: Literal[
         "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"
     ] = field(default="auto", metadata={"help": "auto reads it off the columns of each file"})
-    dataset_split: str = field(default="train", metadata={"help": "split of a hub dataset"})
+    dataset_split: str = field(
+        default="train", metadata={"help": "split of folders and hub ids; or FOLDER:SPLIT"}
+    )
     dataset_config: str | None = field(
         default=None, metadata={"help": "configuration name of a hub dataset"}
     )
@@ -29,7 +31,11 @@ class DataArguments:
     )
     max_rows: int | None = field(default=None, metadata={"help": "read at most this many rows"})
     eval_dataset: list[str] = field(
-        default_factory=list, metadata={"help": "files, folders or hub ids for evaluation"}
+        default_factory=list,
+        metadata={
+            "help": "files, folders (validation, else test is read) or hub ids with their split "
+            "(org/name:test) for evaluation"
+        },
     )
     eval_fraction: float = field(
         default=0.0, metadata={"help": "share of the samples held out for evaluation, 0 to 0.5"}

@@ -1,0 +1,1 @@
+"""Files of any kind, opened and read by their ending."""
