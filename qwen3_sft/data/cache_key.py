@@ -35,6 +35,7 @@ from qwen3_sft.data import (
     tally,
     tokenize_rows,
     turns,
+    workers,
 )
 from qwen3_sft.data.files import folders, splits
 
@@ -45,7 +46,7 @@ LAYOUT = 2  # of the cache folder; raise it when the meaning of its files change
 TOKENISERS = (
     control_tokens, encoding, folders, formats, json_rows, pieces, raw_rows, readers, render,
     samples, splits, table_rows, tally, template_process, templates, text, tokenize_rows,
-    turn_ends, turns,
+    turn_ends, turns, workers,
 )  # fmt: skip
 _SETTLED_S = 2.0  # a file changed more recently may change again within the clock's resolution
 

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import heapq
 import logging
-import multiprocessing
-import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Literal
@@ -25,6 +22,7 @@ from qwen3_sft.chat.samples import Conversation, Dropped, PlainText, Tokens
 from qwen3_sft.data.formats import parse_row
 from qwen3_sft.data.raw_rows import RawRow
 from qwen3_sft.data.tally import Tally
+from qwen3_sft.data.workers import map_in_workers
 from qwen3_sft.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -232,6 +230,7 @@ def tokenize_chunks(
 
     Raises:
         ValueError: if `num_proc` is below 1.
+        WorkerError: a process could not start, or ended before its work.
     """
     if num_proc < 1:
         raise ValueError(f"num_proc is {num_proc}; set it to 1 or more")
@@ -241,36 +240,4 @@ def tokenize_chunks(
     chunks = chain(first, chunks)
     if num_proc == 1 or len(first) < 2:
         return map(tokenize, chunks)
-    return _in_workers(tokenize, chunks, num_proc)
-
-
-def _in_workers(
-    tokenize: RowTokenizer, chunks: Iterable[list[RawRow]], num_proc: int
-) -> Iterator[TokenizedRows]:
-    # `spawn`: a fork of a process with threads (tokenizers, torch) may deadlock.
-    executor = ProcessPoolExecutor(
-        num_proc, multiprocessing.get_context("spawn"), _start_worker, (tokenize,)
-    )
-    waiting: deque[Future[TokenizedRows]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append(executor.submit(_work, chunk))
-            if len(waiting) > 2 * num_proc:  # reading ahead further would only cost memory
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-_worker_tokenize: Callable[[list[RawRow]], TokenizedRows]
-
-
-def _start_worker(tokenize: RowTokenizer) -> None:
-    global _worker_tokenize  # noqa: PLW0603 - the one way to give a pool's worker its state once
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
-    _worker_tokenize = tokenize
-
-
-def _work(chunk: list[RawRow]) -> TokenizedRows:
-    return _worker_tokenize(chunk)
+    return map_in_workers(tokenize, chunks, num_proc)

@@ -103,7 +103,7 @@ def test_the_split_asked_for_is_read(make):
     assert read("d:test") == read(dataset_split="test") == ["eval.jsonl", "test.jsonl"]
     for word in ("dev", "val", "validation"):
         assert read(f"d:{word}") == ["dev.jsonl"]
-    with pytest.raises(DataError, match="^d: no split 'heldout'; it has test, train, validation"):
+    with pytest.raises(DataError, match=r"^d: no split 'heldout'; it has test, train, validation"):
         read("d:heldout")
 
 
@@ -134,7 +134,7 @@ def test_evaluation_takes_validation_else_test(make, caplog):
 
 
 def test_evaluation_on_the_hub_names_its_split():
-    with pytest.raises(DataError, match="org/name: which split .*--eval_dataset org/name:valid"):
+    with pytest.raises(DataError, match=r"org/name: which split .*--eval_dataset org/name:valid"):
         read_eval("org/name")
     args = DataArguments(eval_dataset=["org/name:test"])
     assert [source.name for source in find_sources(args, eval=True)] == ["org/name:test"]
