@@ -84,10 +84,10 @@ def _find(name: str, args: DataArguments, *, eval: bool) -> list[RowSource]:
     if path.is_file():
         return [_FileSource(path)]
     if path.is_dir():
-        return _folder_sources(path, asked)
+        return _folder_sources(path, asked, args.dataset_config)
     base, colon, split = name.rpartition(":")
     if colon and Path(base).is_dir():
-        return _folder_sources(Path(base), split)
+        return _folder_sources(Path(base), split, args.dataset_config)
     hub_id, split = (base, split) if colon else (name, asked)
     if not _looks_like_hub_id(hub_id):
         raise DataError(f"{name}: no such file or folder{_suggestion(path)}")
@@ -115,7 +115,7 @@ def _suggestion(path: Path) -> str:
     return f"; did you mean {missing.parent / near[0]}?" if near else ""
 
 
-def _folder_sources(folder: Path, asked: str | None) -> list[RowSource]:
+def _folder_sources(folder: Path, asked: str | None, config: str | None) -> list[RowSource]:
     """Return the sources of a split; None asks for what there is to evaluate on."""
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(entry.parent.name for entry in folder.glob("*/state.json"))
@@ -123,7 +123,7 @@ def _folder_sources(folder: Path, asked: str | None) -> list[RowSource]:
     if (folder / "state.json").is_file():
         _check_saved_split(folder, asked)
         return [_SavedSource(folder)]
-    files = folder_files(folder, asked, _is_data, kinds=", ".join(SUFFIXES))
+    files = folder_files(folder, asked, config, _is_data, kinds=", ".join(SUFFIXES))
     return [_FileSource(path) for path in files]
 
 

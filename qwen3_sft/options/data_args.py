@@ -21,7 +21,8 @@ class DataArguments:
         default="train", metadata={"help": "split of folders and hub ids; or FOLDER:SPLIT"}
     )
     dataset_config: str | None = field(
-        default=None, metadata={"help": "configuration name of a hub dataset"}
+        default=None,
+        metadata={"help": "configuration that a hub dataset, or a folder's README.md, has"},
     )
     dataset_revision: str | None = field(
         default=None, metadata={"help": "commit, tag or branch of a hub dataset"}

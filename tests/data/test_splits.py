@@ -68,7 +68,7 @@ def test_splits_are_those_that_datasets_finds(make, files):
     base = str(Path("d").absolute())
     by_hub = DataFilesDict.from_patterns(get_data_patterns(base), base).items()
     expected = {str(split): sorted(set(found)) for split, found in by_hub}
-    found = splits_of([PurePath(name) for name in files]).files
+    found = splits_of([PurePath(name) for name in files], Path("d")).files
     assert {s: sorted(f"{base}/{file}" for file in names) for s, names in found.items()} == expected
 
 
@@ -185,3 +185,58 @@ def test_what_may_hold_rows_is_never_left_out(make, name):
 def test_a_folder_with_glob_characters_in_its_name(make):
     make("[x]/train.jsonl", "[x]/test.jsonl")
     assert read("d/[x]") == ["[x]/train.jsonl"]
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: main
+  default: true
+  data_files:
+  - {split: train, path: main/*.jsonl}
+  - {split: heldout, path: [extra/test.jsonl, "extra/**/more-*"]}
+- config_name: other
+  data_dir: other
+---
+# Rows
+"""
+
+
+def test_a_card_declares_splits(make):
+    make("main/test.jsonl", "extra/test.jsonl", "extra/a/b/more-1.jsonl", "stray.jsonl")
+    make("other/train.jsonl", "other/test.jsonl")
+    Path("d/README.md").write_text(CARD)
+    assert read() == ["main/test.jsonl"]
+    assert read("d:heldout") == ["extra/a/b/more-1.jsonl", "extra/test.jsonl"]
+    assert read(dataset_config="other") == ["other/train.jsonl"]
+    with pytest.raises(DataError, match=r"no split 'test'; it has heldout, train, and without "):
+        read("d:test")
+    with pytest.raises(DataError, match=r"no configuration 'x' in its README.md, .*main, other"):
+        read(dataset_config="x")
+    by_hub = datasets.load_dataset("d", "main", cache_dir="cache")
+    assert {str(split): sorted(rows["text"]) for split, rows in by_hub.items()} == {
+        split: read(f"d:{split}") for split in ("train", "heldout")
+    }
+
+
+BROKEN_CARDS = {
+    "several": (CARD.replace("default: true", "x: 1"), r"^d: several configurations in its READ"),
+    "no file": (CARD.replace("jsonl", "csv").replace("more", "x"), r"^d: no file is of the data_"),
+    "no YAML": ("---\nconfigs: [a: b: c\n---\n", r"^d/README.md: cannot read the header"),
+    "no names": ("---\nconfigs: [a]\n---\n", r"^d/README.md: cannot read the header"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("card", "message"), BROKEN_CARDS.values(), ids=BROKEN_CARDS)
+def test_a_card_that_tells_no_split(make, card, message):
+    make("main/a.jsonl")
+    Path("d/README.md").write_text(card)
+    with pytest.raises(DataError, match=message):
+        read()
+
+
+@pytest.mark.parametrize("card", ["", "# Data\n---\n", "---\nlicense: mit\n---\n", "---\n"])
+def test_a_readme_without_splits_changes_nothing(make, card):
+    make("train.jsonl", "test.jsonl")
+    Path("d/README.md").write_text(card)
+    assert read() == ["train.jsonl"]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path, PurePath
 
+from qwen3_sft.data.files.dataset_card import declared_splits
 from qwen3_sft.data.files.splits import TRAIN, Splits, choose_split, splits_of
 from qwen3_sft.errors import DataError
 
@@ -29,13 +30,19 @@ _NAMED = 3  # files in a message, the others are counted
 
 
 def folder_files(
-    folder: Path, asked: str | None, is_data: Callable[[Path], bool], *, kinds: str
+    folder: Path,
+    asked: str | None,
+    config: str | None,
+    is_data: Callable[[Path], bool],
+    *,
+    kinds: str,
 ) -> list[Path]:
     """Return the data files of a split of a folder, sorted by path; say what was left.
 
     Args:
         folder: searched with its sub-folders; hidden ones and those named `__...` are not.
         asked: the split; None takes validation, else test, else all of a folder without splits.
+        config: which of the configurations that a README.md declares; None: its default one.
         is_data: whether a file can be read, by its name.
         kinds: what those are, for messages.
 
@@ -49,10 +56,7 @@ def folder_files(
     if not may_be:
         found = f"; it has {_names(seen)}" if seen else ""
         raise DataError(f"{folder}: no {kinds} file in this folder{found}")
-    try:
-        splits = splits_of(may_be)
-    except DataError as error:
-        raise DataError(f"{folder}/{error}") from error
+    splits = declared_splits(folder, may_be, config) or splits_of(may_be, folder)
     split = choose_split(splits.files, asked)
     if split is None and asked is None and not splits.are_told:
         split = TRAIN

@@ -12,7 +12,7 @@ import functools
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from qwen3_sft.errors import DataError
 
@@ -34,7 +34,7 @@ class Splits:
     are_told: bool
 
 
-def splits_of(files: Collection[PurePath]) -> Splits:
+def splits_of(files: Collection[PurePath], folder: Path) -> Splits:
     """Sort files, given relative to their folder, into splits.
 
     Raises:
@@ -51,8 +51,8 @@ def splits_of(files: Collection[PurePath]) -> Splits:
     for file, splits in told.items():
         if len(splits) > 1:
             raise DataError(
-                f"{file}: its name tells the splits {' and '.join(sorted(splits))}: rename it, or "
-                "name the files to read instead of their folder"
+                f"{folder / file}: its name tells the splits {' and '.join(sorted(splits))}: "
+                "rename it, or name the files to read instead of their folder"
             )
     if any(told.values()):
         return _grouped(files, {file: next(iter(told[file])) for file in files if told[file]})
@@ -79,7 +79,7 @@ def _stricter(by_folder: set[str], by_name: set[str]) -> str:
 def _split_of_shard(file: PurePath) -> str | None:
     from datasets.data_files import SPLIT_PATTERN_SHARDED
 
-    if not re.match(_regex(SPLIT_PATTERN_SHARDED.replace("{split}", "*")), file.as_posix()):
+    if not re.match(glob_regex(SPLIT_PATTERN_SHARDED.replace("{split}", "*")), file.as_posix()):
         return None
     return file.name.rpartition("-of-")[0].rpartition("-")[0]
 
@@ -93,12 +93,13 @@ def _told_by(file: PurePath, what: str) -> set[str]:
     return {
         str(split)
         for split, patterns in by_split.items()
-        if any(re.match(_regex(pattern), name) for pattern in patterns)
+        if any(re.match(glob_regex(pattern), name) for pattern in patterns)
     }
 
 
 @functools.cache
-def _regex(pattern: str) -> str:
+def glob_regex(pattern: str) -> str:
+    """Return the regular expression of a path's pattern, as `datasets` understands it."""
     from fsspec.utils import glob_translate
 
     return glob_translate(pattern)
