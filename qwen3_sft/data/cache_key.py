@@ -45,8 +45,8 @@ LAYOUT = 2  # of the cache folder; raise it when the meaning of its files change
 # A row's way to tokens, all of it: a forgotten module would serve stale caches (a test checks).
 TOKENISERS = (
     control_tokens, dataset_card, encoding, folders, formats, json_rows, pieces, raw_rows,
-    readers, render, samples, splits, table_rows, tally, template_process, templates, text, tokenize_rows,
-    turn_ends, turns, workers,
+    readers, render, samples, splits, table_rows, tally, template_process, templates, text,
+    tokenize_rows, turn_ends, turns, workers,
 )  # fmt: skip
 _SETTLED_S = 2.0  # a file changed more recently may change again within the clock's resolution
 

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,7 +40,8 @@ def map_in_workers(
 
     Raises:
         WorkerError: a process cannot be started, or ended before its work.
-        Exception: what `function` raises, the first in the order of the tasks.
+        SftError: what `function` raises, the first in the order of the tasks. Another error is
+            printed by its process, which ends.
     """
     sent = pickle.dumps(function)
     workers: list[_Worker] = []
@@ -125,22 +125,23 @@ class _Worker:
 
 
 def _serve(connection: Connection) -> None:
-    """Run tasks until the parent ends or closes the connection."""
+    """Run tasks until the parent ends; what was not foreseen ends this process and is printed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
+    function = _received(connection)
+    while True:
+        connection.send(_outcome(function, _received(connection)))
+
+
+def _received(connection: Connection) -> Any:
     try:
-        function = connection.recv()
-        while True:
-            connection.send(_outcome(function, connection.recv()))
+        return connection.recv()
     except (EOFError, OSError):
-        pass  # the parent is gone, and nobody waits for the result
+        raise SystemExit from None  # the parent is gone, and nobody waits for a result
 
 
 def _outcome(function: Callable[[Any], Any], task: Any) -> tuple[bool, Any]:
-    """Return (True, result), or (False, error) with the place of an unforeseen one as a note."""
+    """Return (True, result), or (False, error)."""
     try:
         return True, function(task)
     except SftError as error:
-        return False, error
-    except Exception as error:
-        error.add_note(f"in a process that tokenises:\n{traceback.format_exc()}")
         return False, error

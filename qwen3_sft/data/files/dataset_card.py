@@ -54,13 +54,14 @@ def declared_splits(folder: Path, files: Collection[PurePath], config: str | Non
 def _configs(card: Path) -> MetadataConfigs | None:
     """Return what a card declares; None without a card or a header."""
     from datasets.utils.metadata import MetadataConfigs
-    from huggingface_hub import DatasetCard
+    from huggingface_hub import DatasetCardData, metadata_load
     from yaml import YAMLError
 
     if not card.is_file() or not card.read_bytes().startswith(b"---"):
         return None
     try:
-        configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
+        declared = (metadata_load(card) or {}).get("configs")
+        configs = MetadataConfigs.from_dataset_card_data(DatasetCardData(configs=declared))
         configs.get_default_config_name()
     except (ValueError, TypeError, YAMLError) as error:
         raise DataError(
