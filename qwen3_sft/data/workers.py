@@ -15,6 +15,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -85,7 +86,8 @@ class _Worker:
             self.process = multiprocessing.get_context("spawn").Process(
                 target=_serve, args=(theirs,), daemon=True
             )
-            self.process.start()
+            with _deaf_to_ctrl_c():
+                self.process.start()
         except OSError as error:
             raise WorkerError(
                 f"cannot start a process that tokenises: {error.strerror}; lower --num_proc"
@@ -122,6 +124,16 @@ class _Worker:
         """Take back the process, which was killed."""
         self.process.join()
         self._connection.close()
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Start no process that hears it: the parent does, and ends its processes without a word."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(connection: Connection) -> None:
