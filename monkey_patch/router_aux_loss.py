@@ -29,6 +29,8 @@ from monkey_patch.core import Patch, PatchError, Replacement, class_name
 from monkey_patch.kernels.router.op import Balance, route
 
 NAME = "router_aux_loss"
+# What transformers calls modules that choose experts.
+_ROUTER_NAMES = ("TopKRouter", "TopkRouter", "Router", "MoEGate", "MoeGate", "TopKGating")
 
 
 class LayerStatistics:
@@ -201,19 +203,33 @@ def router_statistics(model: nn.Module) -> RouterStatistics:
 
 def plan(model: Any) -> Iterator[Replacement]:
     """Yield the forward of every router; they share one `RouterStatistics`."""
+    routers = _known_routers(model)
+    if not routers:  # nor are the config's entries there that follow
+        return
     config = model.config.get_text_config()
     if config.output_router_logits:
         raise PatchError(
             f"patch {NAME!r}: config.output_router_logits is True, which adds upstream's router "
             "loss as well; set it to False"
         )
-    statistics, known = RouterStatistics(config.router_aux_loss_coef), softmax_routers()
+    statistics = RouterStatistics(config.router_aux_loss_coef)
+    for name, module in routers.items():
+        yield Replacement(module, "forward", RouterForward(module, statistics).forward, name)
+
+
+def _known_routers(model: nn.Module) -> dict[str, nn.Module]:
+    known, found = softmax_routers(), {}
     for name, module in model.named_modules():
         kind = class_name(module)
         if kind in known:
-            yield Replacement(module, "forward", RouterForward(module, statistics).forward, name)
-        elif kind.endswith(("TopKRouter", "TopkRouter")):
-            raise PatchError(f"patch {NAME!r}: {name} is {kind}; it knows {', '.join(known)}")
+            found[name] = module
+        elif kind.endswith(_ROUTER_NAMES):
+            raise PatchError(
+                f"patch {NAME!r}: {name} is a {kind}, which routes in another way than softmax and "
+                f"top-k, or was not compared; it knows {', '.join(known)}. Without the patch "
+                "the model balances its experts as transformers has it"
+            )
+    return found
 
 
 ROUTER_AUX_LOSS = Patch(

@@ -6,13 +6,13 @@ import contextlib
 import sys
 from importlib import import_module
 
-from qwen3_sft.errors import DONE, MISTAKE, exit_code_of
+from qwen3_sft.errors import DONE, MISTAKE, exit_code_of, unless_stopped
 from qwen3_sft.logs import set_up_logging
 
 USAGE = """usage: qwen3-sft COMMAND ...
 
   train [--config RECIPE] [--option value ...]   fine-tune; without options the embedded demo
-  train --help                                   every option
+  train --help                                   its options; --help_all: the rare ones, too
   resume RUN [--option value ...]                go on with a run from its config.yaml
   resume RUN --verify                            prove that it could: repeat a recorded step
   plan RECIPE [--gpus 8xH200] [--format text|json] [--option value ...]
@@ -27,15 +27,13 @@ USAGE = """usage: qwen3-sft COMMAND ...
 def main(argv: list[str] | None = None) -> int:
     """Dispatch a command line; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    return exit_code_of(lambda: _dispatch(argv), _report)
+    return unless_stopped(lambda: exit_code_of(lambda: _dispatch(argv), _report), _report)
 
 
 def _dispatch(argv: list[str]) -> int:
     match argv:
         case ["train", *rest]:
-            from qwen3_sft.launch.launch import launch
-
-            return launch(rest) if not {"-h", "--help"} & set(rest) else _train_help()
+            return _train(rest)
         case ["resume", *rest]:
             from qwen3_sft.commands.resume import resume_command
 
@@ -55,12 +53,15 @@ def _dispatch(argv: list[str]) -> int:
     return MISTAKE
 
 
-def _train_help() -> int:
-    set_up_logging()
-    from qwen3_sft.options.recipe import help_text
+def _train(argv: list[str]) -> int:
+    from qwen3_sft.options.help_text import help_for
 
-    print(help_text(), end="")
-    return DONE
+    if text := help_for(argv):
+        print(text, end="")
+        return DONE
+    from qwen3_sft.launch.launch import launch
+
+    return launch(argv)
 
 
 def _print(module: str, argv: list[str]) -> int:

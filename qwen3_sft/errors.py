@@ -6,8 +6,10 @@ else is raised passes with its traceback: it is a bug, here or in a library.
 
 from __future__ import annotations
 
+import errno
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 # What interrupts a run: its checkpoint is written at the step's end.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -18,6 +20,18 @@ MISTAKE = 2
 DOES_NOT_FIT = 3
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h, "try again"
 BY_SIGNAL = 128  # and the signal's number, as shells have it
+
+
+STOPPED = "stopped by Ctrl-C"
+
+_READABLE = 500  # characters of a message that is not ours
+
+# What the machine refuses, whatever a program does: no bug, though nobody has foreseen the place.
+_MISTAKES = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR,
+    errno.ENOTDIR,
+)  # fmt: skip
+_LACKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE)
 
 
 class SftError(Exception):
@@ -132,3 +146,48 @@ def exit_code_of(
     except also as error:
         report(f"{type(error).__name__}: {error}")
         return FAILED
+    except OSError as error:
+        if error.errno not in _MISTAKES + _LACKS:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        report(f"error: {where}{said(error)}")
+        return MISTAKE if error.errno in _MISTAKES else FAILED
+
+
+def unless_stopped(work: Callable[[], int], report: Callable[[str], object]) -> int:
+    """Return what `work`, the whole of a program, returns; on Ctrl-C the code that shells have.
+
+    Args:
+        work: a program, with its imports.
+        report: takes the one line that says so.
+    """
+    try:
+        return work()
+    except KeyboardInterrupt:
+        # What follows is the end of the process: a second one shall cut that short, not trace it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        report(STOPPED)
+        return BY_SIGNAL + signal.SIGINT
+
+
+def said(error: Exception) -> str:
+    """Return the message of somebody else's error, cut to a readable length, without a number."""
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(words.split())[:_READABLE] or type(error).__name__
+
+
+@contextmanager
+def told_as(kind: type[SftError], where: object, *foreign: type[Exception]) -> Iterator[None]:
+    """Turn errors that a library raises about something of the user's into ours, which name it.
+
+    Args:
+        kind: of the new error.
+        where: the file, folder or name at fault.
+        foreign: what the library raises; errors of ours pass.
+    """
+    try:
+        yield
+    except SftError:
+        raise
+    except foreign as error:
+        raise kind(f"{where}: {said(error)}") from error

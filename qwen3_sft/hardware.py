@@ -130,6 +130,11 @@ class MemoryStats:
     allocation_retries: int
 
 
+def device_names() -> list[str]:
+    """Return the short names of all products."""
+    return [device.name for device in DEVICES]
+
+
 def find_device(device_name: str) -> DeviceSpec | None:
     """Return the product with this short or driver name, with or without `NVIDIA`, or None."""
     wanted = _normalized(device_name)

@@ -18,14 +18,14 @@ _CHATTY_WHEN_SHARDED = ("torch.distributed.tensor._redistribute",)
 
 def set_up_logging(stream: TextIO | None = None) -> None:
     """Send our INFO lines of rank 0, and warnings of all ranks, to `stream` (standard output)."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
     handler = logging.StreamHandler(stream or sys.stdout)
-    prefix = "" if rank == 0 else f"[rank {rank}] "
+    prefix = "" if rank == "0" else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     for name in ("qwen3_sft", "monkey_patch"):
         log = logging.getLogger(name)
         log.handlers = [handler]
-        log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        log.setLevel(logging.INFO if rank == "0" else logging.WARNING)
         log.propagate = False
     for name in (*_CHATTY_AT_IMPORT, *_CHATTY_WHEN_SHARDED):
         logging.getLogger(name).setLevel(logging.ERROR)

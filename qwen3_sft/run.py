@@ -43,7 +43,7 @@ from qwen3_sft.options.batch import rows_per_step
 from qwen3_sft.options.changes import comparable
 from qwen3_sft.options.data_args import DataArguments
 from qwen3_sft.options.draft import TrainDraft
-from qwen3_sft.options.recipe import Options, help_text, parse_options
+from qwen3_sft.options.recipe import Options, parse_options
 from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.plan.advice import MemorySettings
 from qwen3_sft.records.folder_lock import claimed
@@ -64,9 +64,6 @@ def run_command(argv: list[str]) -> int:
 
 
 def _run_command(argv: list[str]) -> int:
-    if "--help" in argv or "-h" in argv:
-        logger.info("%s", help_text())
-        return DONE
     options = parse_options(argv)
     if options.train.dry_run:
         for line in dry_run(options):

@@ -22,4 +22,5 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 exec "$python" -m pytest -n "${PYTEST_WORKERS:-auto}" --dist worksteal \
   -m "not gpu and not multi_gpu and not network and not learning and not long and not faults and not e2e and not distributed" \
   tests/chat tests/checkpoints tests/data tests/families tests/house tests/invariant tests/model tests/monkey_patch \
-  tests/optimizers tests/packing tests/plan tests/training "$@"
+  tests/optimizers tests/packing tests/plan tests/training \
+  --deselect "tests/monkey_patch/test_linear_fp8.py::test_scaled_mm_takes_these_operands" "$@"

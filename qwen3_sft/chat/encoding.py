@@ -19,6 +19,7 @@ from qwen3_sft.chat.control_tokens import QWEN3_CONTROL_TOKENS
 from qwen3_sft.chat.pieces import Rendered
 from qwen3_sft.chat.templates import CONTROL_TOKENS
 from qwen3_sft.chat.turn_ends import TurnEnds
+from qwen3_sft.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,12 +42,12 @@ class Encoder:
         """Take over a fast tokenizer.
 
         Raises:
-            ValueError: if it is not a fast tokenizer with Qwen3's control tokens.
+            ModelError: it is not a fast tokenizer with Qwen3's control tokens.
         """
         from tokenizers import AddedToken, Tokenizer
 
         if not tokenizer.is_fast:
-            raise ValueError(
+            raise ModelError(
                 f"{type(tokenizer).__name__} has no fast backend; the model folder needs a "
                 "tokenizer.json"
             )
@@ -55,8 +56,9 @@ class Encoder:
         self.eos_token = str(tokenizer.eos_token)
         missing = [token for token in (*CONTROL_TOKENS, self.eos_token) if token not in self._ids]
         if missing:
-            raise ValueError(
-                f"the tokenizer has no control token {' '.join(missing)}: it is not Qwen3's; use "
+            raise ModelError(
+                f"{tokenizer.name_or_path or 'the tokenizer'}: no control token "
+                f"{' '.join(missing)}: it is not Qwen3's; use "
                 "the tokenizer files of a Qwen3 model"
             )
         special = [t["content"] for t in spec["added_tokens"] if t["special"]]

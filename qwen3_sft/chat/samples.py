@@ -31,12 +31,21 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `reasoning` is None where there is none, never an empty string."""
+    """One turn.
+
+    Attributes:
+        role: as chat templates call it.
+        content: without reasoning and calls.
+        reasoning: None where there is none, never an empty string.
+        tool_calls: of an assistant.
+        written: the content as the row has it, where the reasoning was read out of its text.
+    """
 
     role: Role
     content: str
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    written: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +56,14 @@ class Conversation:
         messages: at least one of them is an assistant's.
         tools: function descriptions as the file gave them.
         first_trained: index of the first message whose answer may carry labels.
+        enable_thinking: the row's own mode, as chat templates get it: whether the model is to write
+            an empty think block, not the prompt. None: it is on for the answers with reasoning.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
     first_trained: int = 0
+    enable_thinking: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

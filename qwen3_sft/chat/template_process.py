@@ -41,7 +41,8 @@ def render_apart(
 
     Args:
         template: Jinja source.
-        conversations: `messages` and `tools` of each, plain JSON values.
+        conversations: `messages` and `tools` of each, plain JSON; it may have `options` for the
+            template and a `location` for errors.
         variables: what the template sees besides, the tokenizer's special tokens.
         cpu_s: seconds of computing for all of them.
 
@@ -57,30 +58,34 @@ def render_apart(
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise ValueError(f"its chat template took more than {_START_S + cpu_s} s") from None
-    if done.returncode < 0:
-        raise ValueError(f"its chat template took more than {cpu_s} s of computing, or was killed")
+    texts = [json.loads(line) for line in done.stdout.splitlines()]
     if done.returncode:
+        failed = conversations[min(len(texts), len(conversations) - 1)].get("location")
+        where = f"{failed}: " if failed else ""
+        if done.returncode < 0:
+            raise ValueError(
+                f"{where}its chat template took more than {cpu_s} s of computing, or was killed"
+            )
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise ValueError(f"its chat template cannot be rendered: {lines[-1][:500]}")
-    return json.loads(done.stdout)
+        raise ValueError(f"{where}its chat template cannot be rendered: {lines[-1][:500]}")
+    return texts
 
 
 def main() -> None:
-    """Render what standard input describes; write a JSON list of texts."""
+    """Render what standard input describes; write each text as a line of JSON."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     job = json.load(sys.stdin)
     _limit(int(sys.argv[1]))
-    texts = []
     for conversation in job["conversations"]:
         rendered: Any = render_jinja_template(
             conversations=[conversation["messages"]], tools=conversation["tools"],
-            chat_template=job["template"], **job["variables"],
+            chat_template=job["template"], **job["variables"], **conversation.get("options", {}),
         )  # fmt: skip
-        texts.append(rendered[0][0])
-        if len(texts[-1]) > MAX_CHARACTERS:
-            sys.exit(f"{len(texts[-1]):,} characters for one conversation")
-    json.dump(texts, sys.stdout)
+        (text,) = rendered[0]
+        if len(text) > MAX_CHARACTERS:
+            sys.exit(f"{len(text):,} characters for one conversation")
+        sys.stdout.write(json.dumps(text) + "\n")
 
 
 def _limit(cpu_s: int) -> None:

@@ -100,7 +100,7 @@ def detect_chat_format(chat_template: str | None) -> str:
     """Read off a tokenizer's chat template which of `CHAT_FORMATS` renders the same text.
 
     It goes by features of the Jinja source, so that comments and spacing do not matter;
-    `qwen3_sft.chat.render.self_check` then compares rendered text.
+    `qwen3_sft.chat.self_check` then compares rendered text.
 
     Raises:
         ValueError: for a template of none of these families.

@@ -45,19 +45,21 @@ def write_conversation(
     tools: Sequence[dict[str, Any]],
     fmt: ChatFormat,
     *,
-    labelled: Collection[int],
+    labelled: Collection[int] = (),
     keep_reasoning: bool = False,
-    train_empty_think: bool = False,
+    label_empty_think: bool = False,
 ) -> Rendered:
-    """Write a conversation as the family's template does.
+    """Write a conversation as the family's template does, and labelled turns as they are generated.
 
     Args:
         messages: the turns.
         tools: function descriptions.
         fmt: the family.
-        labelled: indices of the assistant turns that carry labels.
+        labelled: indices of the assistant turns that carry labels. Without any, the text is the
+            template's; those have a think block, empty ones too, as inference opens or makes it.
         keep_reasoning: write the reasoning of earlier turns too, which the templates strip.
-        train_empty_think: label an empty think block, which otherwise counts as prompt.
+        label_empty_think: label an empty think block too, which otherwise counts as prompt as far
+            as a prompt can give it.
     """
     writer = PieceWriter()
     _write_system(writer, messages, tools, fmt)
@@ -69,18 +71,39 @@ def write_conversation(
         elif message.role == "assistant" and fmt.xml_tools:
             _write_xml_answer(writer, message, trained=trained)
         elif message.role == "assistant":
-            in_last = index > last_query and (index == len(messages) - 1 or message.reasoning)
-            thinks = fmt.thinks and bool(in_last or (keep_reasoning and message.reasoning))
-            train_think = trained and (train_empty_think or message.reasoning is not None)
+            # The last turn of a text, or of the history that a labelled answer was given, has one.
+            is_last = index == len(messages) - 1 or index + 1 in labelled
+            kept = message.reasoning and keep_reasoning
+            in_round = index > last_query and (is_last or message.reasoning)
+            thinks = fmt.thinks and bool(trained or kept or in_round)
             _open_turn(writer, "assistant")
             if thinks:
-                _write_think(writer, message.reasoning or "", fmt, trained=train_think)
+                is_produced = message.reasoning is not None or label_empty_think
+                _write_think(
+                    writer, message.reasoning or "", fmt, trained=trained, is_produced=is_produced
+                )
             _write_json_answer(writer, message, after_think=thinks, trained=trained)
         elif index > 0 or message.role == "user":
             _open_turn(writer, message.role)
             writer.plain(message.content)
             _close_turn(writer)
     return writer.finish()
+
+
+def write_prompt(
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]],
+    fmt: ChatFormat,
+    *,
+    enable_thinking: bool | None,
+) -> str:
+    """Return the prompt of inference for the next answer, as the family's template writes it."""
+    opening = f"{IM_START}assistant\n"
+    if fmt.prompt_opens_think:
+        opening += f"{THINK}\n"
+    elif fmt.thinks and enable_thinking is False:
+        opening += f"{THINK}\n\n{END_THINK}\n\n"
+    return write_conversation(messages, tools, fmt).text + opening
 
 
 def to_json(value: Any) -> str:
@@ -138,8 +161,12 @@ def _write_tool_result(
         _close_turn(writer)
 
 
-def _write_think(writer: PieceWriter, reasoning: str, fmt: ChatFormat, *, trained: bool) -> None:
-    opened = trained and not fmt.prompt_opens_think
+def _write_think(
+    writer: PieceWriter, reasoning: str, fmt: ChatFormat, *, trained: bool, is_produced: bool
+) -> None:
+    """Write a block; a prompt gives its opening, all of it if it is empty, or nothing."""
+    opened = trained and is_produced and not fmt.prompt_opens_think
+    trained = trained and (is_produced or fmt.prompt_opens_think)
     writer.control(THINK, trained=opened)
     writer.plain("\n", trained=opened)
     writer.plain(reasoning.strip("\n") + "\n", trained=trained)

@@ -8,16 +8,15 @@ import os
 import re
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qwen3_sft.decisions import Decisions, Machine, decide
 from qwen3_sft.errors import DOES_NOT_FIT, DONE, UsageError
-from qwen3_sft.launch.choice import choose, launch_environment, planned_model
-from qwen3_sft.options.recipe import parse_options
-from qwen3_sft.plan.plan import Gpu
-from qwen3_sft.plan.weights import GIB
+from qwen3_sft.options.command_line import Given, read_options
+from qwen3_sft.options.recipe_file import PLANNED_FOR
+
+if TYPE_CHECKING:
+    from qwen3_sft.decisions import Decisions
+    from qwen3_sft.plan.plan import Gpu
 
 _PER_NODE = 8
 
@@ -37,14 +36,26 @@ def command(argv: list[str], *, color: bool = False) -> tuple[Iterator[str], int
         epilog="and options of a run (train --help), which win over the recipe",
     )  # fmt: skip
     parser.add_argument("-h", "--help", action="store_true", help="this text")
-    parser.add_argument("--gpus", help="such as 8xH200; by default those that are here, or 1xH200")
+    parser.add_argument(
+        "--gpus",
+        help=f"such as 8xH200; by default those of the recipe ({PLANNED_FOR}: 8xH200), else "
+        "those that are here",
+    )
     parser.add_argument("--format", choices=("text", "json"), default="text")
     own, rest = parser.parse_known_args(argv)
     if own.help:
         return iter([parser.format_help()]), DONE
     if rest and not rest[0].startswith("-"):  # argparse would take any option's value for it
         rest = ["--config", *rest]
-    count, gpu = _gpus(own.gpus)
+    given = read_options(rest, needs_data=False)
+    return _planned(rest, *_gpus(own.gpus, given), own.format)
+
+
+def _planned(rest: list[str], count: int, gpu: Gpu, fmt: str) -> tuple[Iterator[str], int]:
+    from qwen3_sft.decisions import Machine, decide
+    from qwen3_sft.launch.choice import choose, launch_environment, planned_model
+    from qwen3_sft.options.recipe import parse_options
+
     nodes = -(-count // _PER_NODE)
     choice = choose(
         rest, gpus_per_node=count // nodes, nodes=nodes, gpu_memory_gib=gpu.memory_gib,
@@ -55,27 +66,47 @@ def command(argv: list[str], *, color: bool = False) -> tuple[Iterator[str], int
     model, assumption = planned_model(options)
     decisions = decide(options, model, Machine(gpu), environment)
     exit_code = DOES_NOT_FIT if decisions.plan.fits is False else DONE
-    if own.format == "json":
+    if fmt == "json":
         return iter([_json(decisions)]), exit_code
     first = f"{assumption}{count} x {gpu.name}: {choice.reason}"
     return chain([first], decisions.lines(), filter(None, [decisions.advice_line])), exit_code
 
 
-def _gpus(words: str | None) -> tuple[int, Gpu]:
-    """Read `8xH200`; by default this machine's GPUs, or one H200 where there is none."""
+def _gpus(words: str | None, given: Given) -> tuple[int, Gpu]:
+    """Read `8xH200`; by default what the recipe was made for, else this machine's GPUs."""
+    where = f"--gpus {words}"
+    if words is None and given.planned_for is not None:
+        words, where = given.planned_for, f"{given.recipe}: {PLANNED_FOR}: {given.planned_for}"
     if words is None:
-        count = torch.cuda.device_count()
-        return (count, Gpu.here()) if count else (1, Gpu.named("H200"))
+        return _gpus_here()
     found = re.fullmatch(r"(?:(\d+)\s*[xX]\s*)?(.+)", words.strip())
     count = int(found[1] or 1) if found else 0
     if found is None or count < 1:
-        raise UsageError(f"--gpus {words}: write it as 8xH200")
+        raise UsageError(f"{where}: write it as 8xH200")
     if count > _PER_NODE and count % _PER_NODE:
-        raise UsageError(f"--gpus {words}: several nodes have {_PER_NODE} GPUs each")
-    return count, Gpu.named(found[2])
+        raise UsageError(f"{where}: several nodes have {_PER_NODE} GPUs each")
+    from qwen3_sft.plan.plan import Gpu
+
+    return count, Gpu.named(found[2], where)
+
+
+def _gpus_here() -> tuple[int, Gpu]:
+    import torch
+
+    from qwen3_sft.hardware import device_names
+    from qwen3_sft.plan.plan import Gpu
+
+    if count := torch.cuda.device_count():
+        return count, Gpu.here()
+    raise UsageError(
+        "no GPU is here and the recipe names none: give them, such as --gpus 8xH200; known are "
+        f"{', '.join(device_names())}"
+    )
 
 
 def _json(decisions: Decisions) -> str:
+    from qwen3_sft.plan.weights import GIB
+
     plan, advice = decisions.plan, decisions.advice
     parts = {name: size / GIB for name, size in plan.components().items()}
     if plan.gpu is not None:

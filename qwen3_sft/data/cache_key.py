@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_sft.chat import (
+    contexts,
     control_tokens,
     encoding,
+    features,
     pieces,
     render,
     samples,
-    template_process,
     templates,
     text,
     turn_ends,
 )
 from qwen3_sft.data import (
+    choose_rows,
     formats,
     json_rows,
     raw_rows,
@@ -44,9 +46,9 @@ logger = logging.getLogger(__name__)
 LAYOUT = 2  # of the cache folder; raise it when the meaning of its files changes
 # A row's way to tokens, all of it: a forgotten module would serve stale caches (a test checks).
 TOKENISERS = (
-    control_tokens, dataset_card, encoding, folders, formats, json_rows, pieces, raw_rows,
-    readers, render, samples, splits, table_rows, tally, template_process, templates, text,
-    tokenize_rows, turn_ends, turns, workers,
+    choose_rows, contexts, control_tokens, dataset_card, encoding, features, folders, formats,
+    json_rows, pieces, raw_rows, readers, render, samples, splits, table_rows, tally, templates,
+    text, tokenize_rows, turn_ends, turns, workers,
 )  # fmt: skip
 _SETTLED_S = 2.0  # a file changed more recently may change again within the clock's resolution
 

@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from qwen3_sft.data.cache_key import FileHashes, cache_key, describe_all, text_h
 from qwen3_sft.data.raw_rows import raw_rows
 from qwen3_sft.data.readers import RowSource, find_sources
 from qwen3_sft.data.report import check_drops, make_report, report_origin, report_text
-from qwen3_sft.data.template_check import CHECKED_ROWS, chat_template, check_template
+from qwen3_sft.data.template_check import TemplateCheck, chat_template
 from qwen3_sft.data.token_store import TokenDataset, TokenWriter
 from qwen3_sft.data.tokenize_rows import (
     Counts,
@@ -39,7 +38,7 @@ from qwen3_sft.data.tokenize_rows import (
     TokenizeOptions,
     tokenize_chunks,
 )
-from qwen3_sft.errors import UsageError
+from qwen3_sft.errors import DataError, UsageError, told_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +74,9 @@ def prepare(
     key = cache_key(parts)
     folder = cache / key
     if not _is_whole(folder):
-        with _locked(cache / f"{key}.lock"):
+        # A full disk's error names no file.
+        where = f"{cache}: the token cache cannot be written (--data_cache_dir puts it elsewhere)"
+        with told_as(DataError, where, OSError), _locked(cache / f"{key}.lock"):
             if not _is_whole(folder):
                 _build(folder, args, sources, options, tokenizer, _fingerprints(parts, args))
     dataset = TokenDataset(folder)
@@ -142,6 +143,7 @@ def _parts(
         "sources": describe_all(sources, FileHashes(cache / "file_hashes.json")),
         "max_rows": args.max_rows,
         "dataset_format": args.dataset_format,
+        "is_template_checked": args.chat_format == "auto",
         "options": {name: getattr(options, name) for name in options.__slots__},
         "chat_template": text_hash(chat_template(tokenizer) or ""),
         "tokenizer": text_hash(tokenizer.backend_tokenizer.to_str()),
@@ -248,13 +250,9 @@ def _tokenize(
     """Write the tokens of all rows; return the report."""
     counts, formats, lengths = Counts(), Counter[str](), []
     rows = raw_rows(sources, args, counts.warnings, formats)
-    first = list(islice(rows, CHECKED_ROWS))
-    check_template(first, options, tokenizer, is_explicit=args.chat_format != "auto")
-    chunks = tokenize_chunks(
-        RowTokenizer(Encoder(tokenizer), options),
-        chain(first, rows),
-        num_proc=_num_proc(args, sources),
-    )
+    tokenize = RowTokenizer(Encoder(tokenizer), options)
+    check = TemplateCheck(options, tokenizer, is_explicit=args.chat_format != "auto")
+    chunks = check(tokenize_chunks(tokenize, rows, num_proc=_num_proc(args, sources)))
     with tqdm(desc="tokenising", unit=" rows", delay=2) as progress:
         for chunk in chunks:
             lengths.append(_append(writer, chunk.samples))

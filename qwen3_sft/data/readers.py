@@ -20,7 +20,7 @@ from qwen3_sft.data.files.folders import folder_files, saved_split
 from qwen3_sft.data.json_rows import Row, json_rows, jsonl_rows
 from qwen3_sft.data.table_rows import arrow_rows, parquet_rows
 from qwen3_sft.data.tally import Tally
-from qwen3_sft.errors import DataError
+from qwen3_sft.errors import DataError, said, told_as
 
 if TYPE_CHECKING:
     from qwen3_sft.options.data_args import DataArguments
@@ -88,6 +88,8 @@ def _find(name: str, args: DataArguments, *, eval: bool) -> list[RowSource]:
     base, colon, split = name.rpartition(":")
     if colon and Path(base).is_dir():
         return _folder_sources(Path(base), split, args.dataset_config)
+    if path.is_symlink() or path.exists():
+        raise DataError(f"{name}: neither a file nor a folder, but a pipe, device or broken link")
     hub_id, split = (base, split) if colon else (name, asked)
     if not _looks_like_hub_id(hub_id):
         raise DataError(f"{name}: no such file or folder{_suggestion(path)}")
@@ -133,10 +135,9 @@ def _is_data(path: Path) -> bool:
 
 def _check_saved_split(folder: Path, asked: str | None) -> None:
     """Refuse a saved dataset that was taken from another split than the one asked for."""
-    try:
+    where = f"{folder}: cannot read this saved dataset"
+    with told_as(DataError, where, OSError, ValueError, AttributeError):
         split = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("_split")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}/state.json: cannot read this saved dataset: {error}") from error
     if asked is not None and split is not None:
         saved_split(folder, [split], asked)
 
@@ -155,6 +156,10 @@ class _FileSource:
 
     def rows(self, tally: Tally) -> Iterator[Row]:
         """Yield the rows of a file by its ending."""
+        with told_as(DataError, self.path, OSError):
+            yield from self._rows(tally)
+
+    def _rows(self, tally: Tally) -> Iterator[Row]:
         match self.path.suffix:
             case ".jsonl":
                 return jsonl_rows(self.path, tally)
@@ -170,7 +175,8 @@ class _FileSource:
         )
 
     def identity(self, digest: Digest) -> str:
-        return f"{self.path.suffix} {digest(self.path)}"
+        with told_as(DataError, self.path, OSError):
+            return f"{self.path.suffix} {digest(self.path)}"
 
 
 @dataclass(frozen=True)
@@ -186,12 +192,14 @@ class _SavedSource:
 
     def rows(self, tally: Tally) -> Iterator[Row]:
         from datasets import load_from_disk
+        from pyarrow import ArrowException
 
-        try:
+        where = f"{self.path}: cannot read this saved dataset"
+        # What its JSON files hold is checked nowhere.
+        damage = (OSError, ArrowException, ValueError, TypeError, LookupError, AttributeError)
+        with told_as(DataError, where, *damage):
             dataset = load_from_disk(str(self.path)).with_format(None)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.path}: cannot read this saved dataset: {error}") from error
-        return _numbered(self.name, dataset)
+        yield from _numbered(self.name, dataset)
 
     def identity(self, digest: Digest) -> str:
         return " ".join(digest(path) for path in sorted(self.path.glob("*")) if path.is_file())
@@ -223,10 +231,10 @@ class _HubSource:
                 revision=self.revision,
                 streaming=self.streaming,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, *_errors_of_datasets()) as error:
             raise DataError(
                 f"{self.name}: neither a file or folder here nor a dataset that loads from the "
-                f"hub: {error}{_suggestion(Path(self.hub_id))}"
+                f"hub: {said(error)}{_suggestion(Path(self.hub_id))}"
             ) from error
 
     def rows(self, tally: Tally) -> Iterator[Row]:
@@ -240,9 +248,27 @@ class _HubSource:
         try:
             info = HfApi().dataset_info(self.hub_id, revision=self.revision)
         except OSError as error:
-            raise DataError(f"{self.name}: the hub does not answer: {error}") from error
+            raise DataError(f"{self.name}: the hub does not answer: {said(error)}") from error
         return f"{info.sha} {self.config}"
 
 
 def _numbered(name: str, rows: Any) -> Iterator[Row]:
-    return ((f"{name}:row {number}", row) for number, row in enumerate(rows, 1))
+    """Yield the rows of a dataset; its files are read, and fetched, as it goes on."""
+    number = 0
+    iterator = iter(rows)
+    while True:
+        number += 1
+        where = f"{name}:row {number}"
+        with told_as(DataError, where, OSError, ValueError, *_errors_of_datasets()):
+            row = next(iterator, None)
+        if row is None:
+            return
+        yield where, row
+
+
+def _errors_of_datasets() -> tuple[type[Exception], ...]:
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # of the httpx that it uses
+    from pyarrow import ArrowException
+
+    return DatasetsError, ArrowException, HTTPError

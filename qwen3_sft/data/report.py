@@ -7,7 +7,7 @@ tokens_dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,11 +51,14 @@ def make_report(counts: Counts, lengths: np.ndarray) -> dict[str, Any]:
         "rows_in": counts.rows_in,
         "rows_used": counts.rows_used,
         "rows_dropped": counts.rows_dropped.to_dict(),
+        "rows_split": counts.rows_split,
+        "samples_of_split_rows": counts.samples_of_split_rows,
         "samples_in": counts.samples_in,
         "samples_used": len(lengths),
         "samples_truncated": counts.samples_truncated,
         "samples_dropped": counts.samples_dropped.to_dict(),
         "tokens_in": counts.tokens_in,
+        "tokens_repeated": counts.tokens_repeated,
         "tokens_used": counts.tokens_used,
         "tokens_truncated": counts.tokens_truncated,
         "tokens_dropped": counts.tokens_dropped,
@@ -153,6 +156,7 @@ def report_text(report: dict[str, Any]) -> str:
         f"data      {files[0]}{more} ({formats}), chat format {report['chat_format']}",
         _equation("rows", report, ["used"]),
         *_entries(report["rows_dropped"]),
+        *_splits(report),
         _equation("samples", report, ["used"]),
         *_entries(report["samples_dropped"]),
         _equation("tokens", report, ["used", "truncated"]),
@@ -168,6 +172,19 @@ def report_text(report: dict[str, Any]) -> str:
 def _ends(turn_ends: dict[str, int]) -> str:
     """Say which tokens end what is labelled: generation will stop there."""
     return ", ".join(f"{token} x {n:,}" for token, n in turn_ends.items()) or "no end token"
+
+
+def _splits(report: dict[str, Any]) -> Iterator[str]:
+    """Yield what it takes to show every answer the history that it has at inference."""
+    if not report["rows_split"]:
+        return
+    total = report["tokens_in"]
+    once = total - report["tokens_repeated"]
+    yield (
+        f"split     {report['rows_split']:,} rows became {report['samples_of_split_rows']:,} "
+        "samples, since inference shows their answers different histories (--thinking "
+        f"split_turns): {total:,} tokens in place of {once:,}, x {total / once:.2f}"
+    )
 
 
 def _equation(what: str, report: dict[str, Any], parts: list[str]) -> str:

@@ -16,9 +16,11 @@ from typing import Literal
 import numpy as np
 
 from qwen3_sft.chat.encoding import Encoder
+from qwen3_sft.chat.features import features
 from qwen3_sft.chat.pieces import Rendered
 from qwen3_sft.chat.render import render, render_plain
 from qwen3_sft.chat.samples import Conversation, Dropped, PlainText, Tokens
+from qwen3_sft.data.choose_rows import ChosenRow, RowChooser
 from qwen3_sft.data.formats import parse_row
 from qwen3_sft.data.raw_rows import RawRow
 from qwen3_sft.data.tally import Tally
@@ -52,11 +54,18 @@ class TokenizeOptions:
 
 @dataclass(slots=True)
 class Counts:
-    """What became of rows, samples and tokens; every token read is in exactly one entry."""
+    """What became of rows, samples and tokens; every token read is in exactly one entry.
+
+    Attributes:
+        tokens_repeated: of split rows' samples, beyond each row's longest: history computed again.
+    """
 
     rows_in: int = 0
     rows_used: int = 0
     rows_dropped: Tally = field(default_factory=Tally)
+    rows_split: int = 0
+    samples_of_split_rows: int = 0
+    tokens_repeated: int = 0
     samples_in: int = 0
     samples_truncated: int = 0
     samples_dropped: Tally = field(default_factory=Tally)
@@ -80,8 +89,9 @@ class Counts:
 
 
 _SUMS = (
-    "rows_in", "rows_used", "samples_in", "samples_truncated", "tokens_in", "tokens_used",
-    "tokens_truncated", "tokens_dropped", "label_tokens",
+    "rows_in", "rows_used", "rows_split", "samples_of_split_rows", "tokens_repeated",
+    "samples_in", "samples_truncated", "tokens_in", "tokens_used", "tokens_truncated",
+    "tokens_dropped", "label_tokens",
 )  # fmt: skip
 
 
@@ -97,10 +107,11 @@ class TokenizedSample:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRows:
-    """The samples of some rows, in order, and what became of all of the rows."""
+    """The samples of some rows, in order, what became of all rows, and rows to check."""
 
     samples: list[TokenizedSample]
     counts: Counts
+    chosen: list[ChosenRow]
 
 
 class RowTokenizer:
@@ -109,6 +120,7 @@ class RowTokenizer:
     def __init__(self, encoder: Encoder, options: TokenizeOptions) -> None:
         self.encoder = encoder
         self.options = options
+        self._chooser = RowChooser()
 
     def __call__(self, rows: list[RawRow]) -> TokenizedRows:
         """Tokenise some rows.
@@ -117,16 +129,19 @@ class RowTokenizer:
             DataError: for a row that cannot be trained on, or is too long with overlong="error".
         """
         counts = Counts(rows_in=len(rows))
-        made = [(row, rendered) for row in rows for rendered in self._render(row, counts)]
+        chosen: list[ChosenRow] = []
+        made = [(row, rendered) for row in rows for rendered in self._render(row, counts, chosen)]
         encoded = iter(self.encoder.encode_batch([r for _, r in made if not isinstance(r, Tokens)]))
         used: list[TokenizedSample] = []
         lost: dict[int, str] = {}
+        lengths: dict[int, list[int]] = {}
         for row, rendered in made:
             if isinstance(rendered, Tokens):
                 ids, trained = rendered.input_ids, rendered.trained
             else:
                 ids, trained = next(encoded)
             sample = TokenizedSample(row.number, row.location, ids, trained)
+            lengths.setdefault(row.number, []).append(len(ids))
             fitted = self._fit(sample, counts)
             if isinstance(fitted, Dropped):
                 counts.samples_dropped.add(fitted.reason, row.location)
@@ -137,9 +152,12 @@ class RowTokenizer:
                     ids, trained, len(fitted.ids), is_given=isinstance(rendered, Tokens)
                 )
         _count_rows(rows, used, lost, counts)
-        return TokenizedRows(used, counts)
+        _count_splits(lengths.values(), counts)
+        return TokenizedRows(used, counts, chosen)
 
-    def _render(self, row: RawRow, counts: Counts) -> list[Rendered | Tokens]:
+    def _render(
+        self, row: RawRow, counts: Counts, chosen: list[ChosenRow]
+    ) -> list[Rendered | Tokens]:
         """Return the samples of a row, before they become tokens."""
         warnings: Counter[str] = Counter()
         vocab_size = self.options.vocab_size
@@ -161,6 +179,9 @@ class RowTokenizer:
             rendered.append(render_plain(sample, self.encoder.eos_token, train_on=train_on))
         else:
             rendered += self._render_chat(sample, row.location, warnings)
+            row_features = features(sample)
+            if self._chooser.wants(row_features):
+                chosen.append(ChosenRow(row, row_features))
         for kind, count in warnings.items():
             counts.warnings.add(kind, row.location, count)
         return rendered
@@ -221,6 +242,14 @@ def _count_rows(
             counts.rows_dropped.add(lost[row.number], row.location)
 
 
+def _count_splits(lengths: Iterable[list[int]], counts: Counts) -> None:
+    """Count rows of several samples, given the tokens of each sample of each row."""
+    for of_row in (tokens for tokens in lengths if len(tokens) > 1):
+        counts.rows_split += 1
+        counts.samples_of_split_rows += len(of_row)
+        counts.tokens_repeated += sum(of_row) - max(of_row)
+
+
 def tokenize_chunks(
     tokenize: RowTokenizer, rows: Iterable[RawRow], *, num_proc: int, chunk_rows: int = 256
 ) -> Iterator[TokenizedRows]:
@@ -236,8 +265,8 @@ def tokenize_chunks(
         raise ValueError(f"num_proc is {num_proc}; set it to 1 or more")
     iterator = iter(rows)
     chunks = iter(lambda: list(islice(iterator, chunk_rows)), [])
+    if num_proc == 1:
+        return map(tokenize, chunks)
     first = list(islice(chunks, 2))  # one chunk is done before a process has started
     chunks = chain(first, chunks)
-    if num_proc == 1 or len(first) < 2:
-        return map(tokenize, chunks)
-    return map_in_workers(tokenize, chunks, num_proc)
+    return map(tokenize, chunks) if len(first) < 2 else map_in_workers(tokenize, chunks, num_proc)

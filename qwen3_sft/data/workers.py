@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -129,6 +130,7 @@ class _Worker:
 @contextmanager
 def _deaf_to_ctrl_c() -> Iterator[None]:
     """Start no process that hears it: the parent does, and ends its processes without a word."""
+    resource_tracker.ensure_running()  # its start, by the first process, would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

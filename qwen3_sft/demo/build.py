@@ -41,7 +41,9 @@ def build_demo(folder: Path) -> tuple[Path, Path]:
             partial = data.with_suffix(".partial")
             # In a process of its own: what is imported here changes the standard library (torch
             # replaces functions of `inspect`, transformers adds methods to `logging.Logger`).
-            subprocess.run([sys.executable, "-I", conversations.__file__, partial], check=True)
+            command = [sys.executable, "-I", conversations.__file__, str(partial)]
+            # It hears no Ctrl-C, and is ended by this process, which does.
+            subprocess.run(command, check=True, start_new_session=True)
             rows = map(json.loads, partial.read_text(encoding="utf-8").splitlines())
             texts = (message["content"] for row in rows for message in row["messages"])
             write_checkpoint(model, train_tokenizer(texts, VOCAB_SIZE))

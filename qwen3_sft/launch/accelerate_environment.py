@@ -9,11 +9,32 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from collections.abc import Mapping
 
 from qwen3_sft.errors import UsageError
 
+# What it sets for config/single.json; a test holds this to it. Asking it takes seconds of imports,
+# in which a run of one process could begin.
+SINGLE_PROCESS = {
+    "ACCELERATE_USE_CPU": "False",
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_DYNAMO_BACKEND": "NO",
+    "ACCELERATE_DYNAMO_MODE": "default",
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False",
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": "False",
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "False",
+}
 _OTHER_AXES = ("TP_SIZE", "CP_SIZE", "SP_SIZE")
 _PREFIX = "PARALLELISM_CONFIG_"
+
+
+def single_process_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment as accelerate's launcher gives it to the process of config/single.json.
+
+    Args:
+        environment: of the launcher.
+    """
+    return {"OMP_NUM_THREADS": "1", **environment, **SINGLE_PROCESS}
 
 
 def accelerate_environment(

@@ -23,7 +23,8 @@ from qwen3_sft.errors import BY_SIGNAL, DONE, FAILED, INTERRUPTED, SIGNALS
 
 logger = logging.getLogger(__name__)
 
-_WORKER = "qwen3_sft.train"
+# Of a worker's command line, behind the interpreter.
+WORKER = ("-m", "qwen3_sft.train")
 _KILL_AFTER_S = 5.0
 _POLL_S = 0.05
 # For the case that torchrun is signalled as well: it would kill its workers after 30 s. A worker
@@ -32,10 +33,12 @@ SHUTDOWN_TIMEOUT = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1800")
 
 
 def workers(agent: int) -> list[psutil.Process]:
-    """Return the training processes that a launcher's process (its id) has started and that run."""
+    """Return the training processes that run: those an agent (its id) has started, or itself."""
     try:
-        children = psutil.Process(agent).children()
-        return [child for child in children if _runs(child) and _WORKER in child.cmdline()]
+        process = psutil.Process(agent)
+        if _runs(process) and tuple(process.cmdline()[1:3]) == WORKER:
+            return [process]
+        return [p for p in process.children() if _runs(p) and WORKER[1] in p.cmdline()]
     except psutil.Error:  # ended while it was looked at
         return []
 
@@ -63,6 +66,8 @@ def _trains(process: psutil.Process) -> bool:
 
 class Agent:
     """accelerate's or torchrun's process; signals to this process are passed on to its workers.
+
+    A run of one process needs neither: then the agent is the worker.
 
     SIGTERM and SIGUSR1 ask workers that train to save and end. Before and after training there is
     nothing to save: the whole tree is terminated. SIGINT goes to the agent, which ends its workers.
@@ -154,7 +159,8 @@ class Agent:
             self._below |= set(psutil.Process(self.process.pid).children(recursive=True))
         self.process.send_signal(number)
         for process in self._left():
-            process.send_signal(number)
+            if process.pid != self.process.pid:
+                process.send_signal(number)
 
     def exit_code(self, reported: int | None) -> int:
         """Return the launcher's exit code once the agent has ended.

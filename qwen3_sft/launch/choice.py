@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import qwen3_sft
+from qwen3_sft.errors import UsageError
 from qwen3_sft.options.paths import expanded
+from qwen3_sft.options.recipe_file import read_recipe
+from qwen3_sft.options.variables import named_launch_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from qwen3_sft.options.recipe import Options
 
 CONFIG = Path(qwen3_sft.__file__).parent.parent / "config"
+SINGLE = CONFIG / "single.json"
 
 # Share of a GPU that weights, gradients and optimizer may take, so that activations fit.
 MARGIN = 0.6
@@ -72,7 +76,7 @@ def choose(
     Raises:
         UsageError: the options are wrong, or a file that is named does not exist.
     """
-    if named := environment.get("ACCELERATE_CONFIG"):
+    if named := named_launch_file(environment):
         named = expanded(named, "ACCELERATE_CONFIG")
         deepspeed = deepspeed_file(named)
         flags = ["--deepspeed_config_file", str(deepspeed)] if deepspeed else []
@@ -81,7 +85,7 @@ def choose(
         return Choice(Path(named), flags, [], "as ACCELERATE_CONFIG says")
     world_size = gpus_per_node * nodes
     if world_size <= 1:
-        return Choice(CONFIG / "single.json", [], [], "one GPU" if world_size else "no GPU")
+        return Choice(SINGLE, [], [], "one GPU" if world_size else "no GPU")
     from qwen3_sft.options.recipe import parse_options
 
     options = parse_options(options_argv, needs_data=needs_data)
@@ -95,7 +99,7 @@ def choose(
 def _is_shipped_for_several(launch_file: Path) -> bool:
     """Whether the number of processes in a file is our guess of eight, not its owner's choice."""
     is_ours = launch_file.resolve().parent == CONFIG.resolve()
-    config = _read(launch_file)
+    config = read_launch_file(launch_file)
     return is_ours and config["distributed_type"] != "NO" and config["num_machines"] == 1
 
 
@@ -105,12 +109,12 @@ def deepspeed_file(launch_file: str | Path) -> Path | None:
     Raises:
         UsageError: one of the two does not exist.
     """
-    from qwen3_sft.errors import UsageError
-
     launch_file = Path(launch_file)
     if not launch_file.is_file():
         raise UsageError(f"launch file {launch_file}: no such file")
-    named = (_read(launch_file).get("deepspeed_config") or {}).get("deepspeed_config_file")
+    named = (read_launch_file(launch_file).get("deepspeed_config") or {}).get(
+        "deepspeed_config_file"
+    )
     if not named:
         return None
     folders = (Path.cwd(), launch_file.resolve().parent, launch_file.resolve().parent.parent)
@@ -130,7 +134,7 @@ def launch_environment(choice: Choice) -> dict[str, str]:
     """
     from qwen3_sft.launch.accelerate_environment import accelerate_environment
 
-    config, flags = _read(choice.config), choice.accelerate_flags
+    config, flags = read_launch_file(choice.config), choice.accelerate_flags
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     if config.get("distributed_type", "NO") == "NO":
         return {}
@@ -142,14 +146,25 @@ def launch_environment(choice: Choice) -> dict[str, str]:
     return {**env, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes // nodes)}
 
 
-def _read(config: Path) -> dict[str, Any]:
-    return yaml.safe_load(config.read_text(encoding="utf-8"))  # JSON is YAML
+def read_launch_file(path: Path) -> dict[str, Any]:
+    """Return the content of a launch file, JSON or YAML.
+
+    Raises:
+        UsageError: it cannot be read, or is neither.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"launch file {path}: cannot be read: {error}") from error
+    if not isinstance(content, dict) or "distributed_type" not in content:
+        raise UsageError(f"launch file {path}: not one of accelerate's, see config/*.json")
+    return content
 
 
 def _own_sizes(argv: list[str], options: Options) -> list[str]:
     """Return the sharding sizes that the command line or the recipe sets, to any value."""
-    keys = set(_read(Path(options.recipe)) or {}) if options.recipe else set()
-    keys = {str(key).replace("-", "_") for key in keys}
+    entries = read_recipe(Path(options.recipe), ()) if options.recipe else []
+    keys = {entry.name for entry in entries}
     keys |= {word[2:].split("=")[0] for word in argv if word.startswith("--")}
     return [f"--{name}" for name in _SIZES if name in keys]
 

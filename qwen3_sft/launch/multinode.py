@@ -5,9 +5,13 @@ Nothing heavy is imported before logging is set up, because torch and torchao sp
 
 from __future__ import annotations
 
+import logging
 import sys
 
+from qwen3_sft.errors import unless_stopped
 from qwen3_sft.logs import set_up_logging
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,9 +23,13 @@ def main(argv: list[str] | None = None) -> int:
         DRY_RUN: 1 prints plan, command and variables instead.
     """
     set_up_logging()
+    return unless_stopped(lambda: _run_node(sys.argv[1:] if argv is None else argv), logger.info)
+
+
+def _run_node(argv: list[str]) -> int:
     from qwen3_sft.launch.node import run_node
 
-    return run_node(sys.argv[1:] if argv is None else argv)
+    return run_node(argv)
 
 
 if __name__ == "__main__":

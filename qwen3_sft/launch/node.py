@@ -27,8 +27,12 @@ from qwen3_sft.launch.agent import Agent, reported_code
 from qwen3_sft.launch.choice import CONFIG, Choice, choose
 from qwen3_sft.launch.cluster import Cluster, read_cluster
 from qwen3_sft.launch.launch import DEMO, prepare_deepspeed, show_plan
-from qwen3_sft.options.recipe import help_text, parse_options
+from qwen3_sft.launch.port import require_free
+from qwen3_sft.launch.quiet_agent import quiet
+from qwen3_sft.options.command_line import read_options
+from qwen3_sft.options.help_text import help_for
 from qwen3_sft.options.secret_options import masked
+from qwen3_sft.options.variables import is_dry_run, named_launch_file
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +52,8 @@ def run_node(argv: list[str]) -> int:
     Args:
         argv: options of the run; without any it is the demo.
     """
-    if {"-h", "--help"} & set(argv):
-        logger.info("%s", help_text())
+    if text := help_for(argv):
+        logger.info("%s", text)
         return DONE
     return exit_code_of(lambda: launch_node(argv or DEMO), logger.error)
 
@@ -60,18 +64,20 @@ def launch_node(argv: list[str]) -> int:
     Raises:
         UsageError: in variables or options; nothing was started.
     """
+    is_dry = is_dry_run(os.environ)
+    resume = read_options(argv).values["resume"]
     import torch
 
     gpus = torch.cuda.device_count()
     cluster = read_cluster(os.environ, gpus)
-    _check_options(cluster, argv)
+    _check_restarts(cluster, resume)
     choice = _choose(cluster, argv, gpus)
     changed = _launch_environment(cluster, choice)
     command = torchrun_command(cluster, [*argv, *choice.run_flags])
     for line in plan(cluster, choice):
         logger.info("%s", line)
     logger.info("command: %s", shlex.join(masked(command)))
-    if os.environ.get("DRY_RUN") == "1":
+    if is_dry:
         for name, value in sorted(changed.items()):
             logger.info("environment: %s=%s", name, value)
         sizes = {
@@ -79,11 +85,13 @@ def launch_node(argv: list[str]) -> int:
             "LOCAL_WORLD_SIZE": str(cluster.processes_per_node),
         }
         return show_plan([*argv, *choice.run_flags], changed | sizes)
+    if cluster.node_rank == 0:
+        require_free(cluster.master_port, "MASTER_PORT")
     prepare_deepspeed(argv, choice)
     with tempfile.TemporaryDirectory() as folder:
         exit_file = Path(folder) / "exit_code"
         environment = {**os.environ, **changed, "QWEN3_SFT_EXIT_FILE": str(exit_file)}
-        end = _watch(command, environment, cluster, exit_file)
+        end = _watch(quiet(command), environment, cluster, exit_file)
     if end.code not in (DONE, MISTAKE, INTERRUPTED):
         logger.error("%s", _what_happened(cluster, end))
     return end.code
@@ -148,10 +156,7 @@ def plan(cluster: Cluster, choice: Choice) -> list[str]:
     ]
 
 
-def _check_options(cluster: Cluster, argv: list[str]) -> None:
-    """Find mistakes in the options before nodes wait for one another."""
-    options = parse_options(argv)
-    resume = options.train.resume
+def _check_restarts(cluster: Cluster, resume: str) -> None:
     if cluster.max_restarts and resume != "auto":
         raise UsageError(
             f"--resume {resume} with MAX_RESTARTS={cluster.max_restarts}: a restarted run could "
@@ -160,9 +165,7 @@ def _check_options(cluster: Cluster, argv: list[str]) -> None:
 
 
 def _choose(cluster: Cluster, argv: list[str], gpus: int) -> Choice:
-    if os.environ.get("ACCELERATE_CONFIG") == "":
-        raise UsageError("ACCELERATE_CONFIG is set but empty: name a launch file or unset it")
-    if "ACCELERATE_CONFIG" not in os.environ and (not gpus or cluster.processes == 1):
+    if named_launch_file(os.environ) is None and (not gpus or cluster.processes == 1):
         return Choice(CONFIG / "ddp.json", [], [], "one process" if gpus else "no GPU here")
     import torch
 

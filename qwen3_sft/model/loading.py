@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.distributed.utils import is_local_dist_rank_0
@@ -24,6 +24,7 @@ from qwen3_sft.model.config_file import CONFIG, read_config
 from qwen3_sft.model.host_memory import blocks_given_back, reserve_weights
 from qwen3_sft.model.quantised import FILES as LEGACY_FILES
 from qwen3_sft.model.quantised import refuse_quantised
+from qwen3_sft.model.tokenizer_files import read_tokenizer
 from qwen3_sft.model.trust import load_config
 from qwen3_sft.model.vocabulary import check_control_tokens
 from qwen3_sft.options.model_args import EXPERT_PATCHES, ModelArguments
@@ -93,13 +94,13 @@ def resolve_tokenizer(name: str, revision: str | None = None) -> Path:
 
 def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep + os.sep in name:
         raise ModelError(f"--model_name_or_path {name}: no such folder")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:  # OSError: offline, gated, disk full
         raise ModelError(
             f"--model_name_or_path {name}: neither a folder nor a hub model that can be fetched "
             f"({type(error).__name__}: {error})"
@@ -116,7 +117,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     for path in (folder / name for name in TOKENIZER_FILES):
         if path.exists() or path.is_symlink():
             check_file(path)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer: Any = read_tokenizer(folder)
     check_control_tokens(tokenizer, folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # fills rows, where nothing looks at it

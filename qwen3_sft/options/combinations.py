@@ -8,37 +8,37 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qwen3_sft.errors import UsageError
-from qwen3_sft.options.data_args import DataArguments
-from qwen3_sft.options.train_args import TrainArguments
+
+if TYPE_CHECKING:
+    from qwen3_sft.options.train_args import TrainArguments
 
 _REPO_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 _PROJECTED = ("galore_", "apollo_")
 
 
-def check_combinations(data: DataArguments, train: TrainArguments) -> None:
+def check_combinations(given: Any) -> None:
     """Refuse what no run could do, whatever machine, model and data.
 
     Args:
-        data: options of the data.
-        train: of the training, drafted or final.
+        given: an object whose attributes are all options.
 
     Raises:
         UsageError: naming the options.
     """
-    if data.eval_fraction and data.eval_dataset:
+    if given.eval_fraction and given.eval_dataset:
         raise UsageError("--eval_fraction and --eval_dataset are both set: choose one")
-    if train.max_steps < 1 and train.num_train_epochs <= 0:
+    if given.max_steps < 1 and given.num_train_epochs <= 0:
         raise UsageError(
-            f"--num_train_epochs {train.num_train_epochs:g}: nothing would be trained; set it "
+            f"--num_train_epochs {given.num_train_epochs:g}: nothing would be trained; set it "
             "above 0, or --max_steps"
         )
-    if train.fp16 and train.bf16:
+    if given.fp16 and given.bf16:
         raise UsageError("--fp16 and --bf16 are both set: choose one")
-    _check_companions(train)
-    _check_hub(train)
-    _check_schedule(train)
+    _check_companions(given)
+    _check_hub(given)
 
 
 def _check_companions(train: TrainArguments) -> None:
@@ -73,8 +73,14 @@ def hub_name(train: TrainArguments) -> str:
     return train.hub_model_id or Path(str(train.output_dir)).name
 
 
-def _check_schedule(train: TrainArguments) -> None:
-    """Make the schedule once, on one weight, since its arguments are checked nowhere else."""
+def check_schedule(train: TrainArguments) -> None:
+    """Make the schedule once, on one weight, since its arguments are checked nowhere else.
+
+    It takes torch and transformers, and stands apart from `check_combinations` therefore.
+
+    Raises:
+        UsageError: naming the options.
+    """
     import torch
     from transformers import get_scheduler
 

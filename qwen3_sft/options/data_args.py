@@ -54,9 +54,10 @@ class DataArguments:
     thinking: Literal["split_turns", "drop_history", "keep"] = field(
         default="split_turns",
         metadata={
-            "help": "reasoning in earlier turns: split_turns makes one sample per user turn, each "
-            "with the context seen at inference; drop_history trains the last turn only; keep "
-            "leaves all reasoning in place (differs from inference)"
+            "help": "earlier answers, which thinking models show without their think blocks: "
+            "split_turns makes as many samples as it takes to train each answer in the context of "
+            "inference; drop_history trains the last answers only; keep writes every answer as it "
+            "was generated into one text (differs from inference)"
         },
     )
     train_empty_think: bool = field(

@@ -28,6 +28,8 @@ class Entry:
     value: str | list[str] | tuple[str] | None
 
 
+# Not an option: the GPUs that a recipe was made for, such as 8xH200, which `plan` then takes.
+PLANNED_FOR = "planned_for"
 _MERGE = "tag:yaml.org,2002:merge"  # of `<<`
 
 

@@ -34,11 +34,13 @@ class Rule:
         words: end the sentence "must be ...".
         holds: whether a value is so; None, where an option has it, is not asked about.
         wrong: some values that are not, for the tests.
+        names: the only values there are; empty where there are others.
     """
 
     words: str
     holds: Callable[[Any], bool]
     wrong: tuple[str, ...]
+    names: tuple[str, ...] = ()
 
 
 def _at_least(low: float) -> Rule:
@@ -48,7 +50,9 @@ def _at_least(low: float) -> Rule:
 
 
 def _one_of(*names: str) -> Rule:
-    return Rule(f"one of {', '.join(names)}", lambda value: value in names, ("cosin", "accuracy"))
+    return Rule(
+        f"one of {', '.join(names)}", lambda value: value in names, ("cosin", "accuracy"), names
+    )
 
 
 def _is_steps(value: float) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import DoesNotFitError, UsageError
-from qwen3_sft.hardware import DEVICES, device_info, find_device
+from qwen3_sft.hardware import device_info, device_names, find_device
 from qwen3_sft.model.activation_checkpointing import Policy
 from qwen3_sft.plan.activations import ActivationPlan
 from qwen3_sft.plan.step_time import StepTime
@@ -37,16 +37,20 @@ class Gpu:
         return cls(info.name, info.memory_gib)
 
     @classmethod
-    def named(cls, name: str) -> Gpu:
+    def named(cls, name: str, where: str = "") -> Gpu:
         """Return a product.
+
+        Args:
+            name: of it.
+            where: it was named, for the message; by default --gpus.
 
         Raises:
             UsageError: it is not in the table.
         """
         if spec := find_device(name):
             return cls(spec.name, spec.memory_gib)
-        known = ", ".join(device.name for device in DEVICES)
-        raise UsageError(f"--gpus {name}: unknown; known are {known}")
+        where = where or f"--gpus {name}"
+        raise UsageError(f"{where}: unknown; known are {', '.join(device_names())}")
 
     @property
     def reserve_gib(self) -> float:

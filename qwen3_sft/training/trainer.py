@@ -260,8 +260,7 @@ class SftTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Enter each rank's own file."""
-        folder = Path(output_dir)
-        file = write.rng_file(folder, self.args)
+        file = write.rng_file(folder := Path(output_dir), self.args)
         with self.saver.ledger(folder) as ledger, write.recording(ledger, file):
             super()._save_rng_state(output_dir)
 

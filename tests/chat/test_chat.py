@@ -1,61 +1,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from itertools import chain
 
 import pytest
 
-from qwen3_sft.chat.render import CHAT_FORMATS, detect_chat_format, render, render_plain, self_check
+from qwen3_sft.chat.render import CHAT_FORMATS, detect_chat_format, render_plain
 from qwen3_sft.chat.samples import PlainText
-from qwen3_sft.data.formats import parse_row
+from qwen3_sft.chat.self_check import comparisons, self_check
 from qwen3_sft.demo.model import trl_chat_template
 from qwen3_sft.errors import DataError
 from tests.support.data_rows import trained_texts
+from tests.support.turns import CALL, CALL_TEXT, a, conversation, q, rendered, result, trained
 
 THINKING = ("qwen3", "qwen3_thinking_2507")
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"b": 1}}]}
-CALL_TEXT = '<tool_call>\n{"name": "f", "arguments": {"b": 1}}\n</tool_call><|im_end|>'
-
-
-def q(text="q"):
-    return {"role": "user", "content": text}
-
-
-def a(text, reasoning=None):
-    return {"role": "assistant", "content": text, "reasoning_content": reasoning}
-
-
-def result(text):
-    return {"role": "tool", "content": text}
-
-
-def conversation(*messages, **columns):
-    row = {"messages": list(messages), **columns}
-    return parse_row(row, "messages", "f:1", Counter())
-
-
-def rendered(
-    messages,
-    chat_format="qwen3",
-    *,
-    train_on: Any = "assistant",
-    thinking: Any = "split_turns",
-    train_empty_think=False,
-    warnings=None,
-):
-    return render(
-        conversation(*messages) if isinstance(messages, list) else messages,
-        chat_format,
-        train_on=train_on,
-        thinking=thinking,
-        train_empty_think=train_empty_think,
-        location="f:1",
-        warnings=Counter() if warnings is None else warnings,
-    )
-
-
-def trained(messages, chat_format="qwen3", **options):
-    return [trained_texts(sample) for sample in rendered(messages, chat_format, **options)]
 
 
 def template(name):
@@ -67,10 +25,20 @@ def template(name):
     return turns + "{%- if add_generation_prompt %}" + prompt + "{%- endif %}"
 
 
+def check(conversations, tokenizer, name):
+    compared = [
+        ask
+        for i, sample in enumerate(conversations, 1)
+        for ask in comparisons(sample, name, f"f:{i}")
+    ]
+    assert len(compared) >= len(conversations)
+    self_check(compared, tokenizer, name)
+
+
 # The oracle table of docs: messages, then the labelled text per sample.
 ORACLE = {
     "single": ([q(), a("x")], [["x<|im_end|>"]]),
-    "multi-turn": ([q(), a("x"), q(), a("y")], [["x<|im_end|>", "y<|im_end|>"]]),
+    "multi-turn": ([q(), a("x"), q(), a("y")], [["x<|im_end|>"], ["y<|im_end|>"]]),
     "reasoning": ([q(), a("x", "why")], [["<think>\nwhy\n</think>\n\nx<|im_end|>"]]),
     "reasoning in two turns": (
         [q(), a("x", "r1"), q(), a("y", "r2")],
@@ -82,9 +50,9 @@ ORACLE = {
     ),
     "reasoning in the last turn": (
         [q(), a("x"), q(), a("y", "r2")],
-        [["x<|im_end|>", "<think>\nr2\n</think>\n\ny<|im_end|>"]],
+        [["x<|im_end|>"], ["<think>\nr2\n</think>\n\ny<|im_end|>"]],
     ),
-    "tool call": ([q(), CALL, result("9"), a("x")], [[CALL_TEXT, "x<|im_end|>"]]),
+    "tool call": ([q(), CALL, result("9"), a("x")], [[CALL_TEXT], ["x<|im_end|>"]]),
     "text and two calls": (
         [
             q(),
@@ -93,7 +61,7 @@ ORACLE = {
             result("2"),
             a("x"),
         ],
-        [["hm\n" + CALL_TEXT[:-10] + "\n" + CALL_TEXT, "x<|im_end|>"]],
+        [["hm\n" + CALL_TEXT[:-10] + "\n" + CALL_TEXT], ["x<|im_end|>"]],
     ),
     "tool call after reasoning": (
         [q(), {**CALL, "reasoning_content": "r"}, result("9"), a("x")],
@@ -103,6 +71,17 @@ ORACLE = {
     "reasoning with newlines": (
         [q(), a("\nx", "\n\nwhy\n")],
         [["<think>\nwhy\n</think>\n\nx<|im_end|>"]],
+    ),
+    "tool calls without reasoning after some": (
+        [q(), {**CALL, "reasoning_content": "r"}, result("1"), CALL, result("2"), a("x", "s")],
+        [
+            ["<think>\nr\n</think>\n\n" + CALL_TEXT, CALL_TEXT],
+            ["<think>\ns\n</think>\n\nx<|im_end|>"],
+        ],
+    ),
+    "two answers in a row before reasoning": (
+        [q(), a("x"), a("y"), a("z", "r")],
+        [["x<|im_end|>", "y<|im_end|>"], ["<think>\nr\n</think>\n\nz<|im_end|>"]],
     ),
     "leading newline": ([q(), a("\nx")], [["x<|im_end|>"]]),
     "emoji": ([q("😀"), a("👩‍👩‍👧 é")], [["👩‍👩‍👧 é<|im_end|>"]]),
@@ -119,9 +98,14 @@ def test_labels_of_the_hybrid_thinking_model(case):
 @pytest.mark.parametrize("case", ORACLE)
 def test_labels_of_the_2507_thinking_model(case):
     messages, expected = ORACLE[case]
-    prompt = "<think>\n"  # ends this family's generation prompt, so the model never writes it
-    expected = [[text.removeprefix(prompt) for text in texts] for texts in expected]
-    assert trained(messages, "qwen3_thinking_2507") == expected
+    # Its generation prompt ends with "<think>\n", so that is never the model's; the rest always is.
+    expected = [
+        text.removeprefix("<think>\n") if text.startswith("<think>") else "\n</think>\n\n" + text
+        for texts in expected
+        for text in texts
+    ]
+    samples = trained(messages, "qwen3_thinking_2507")
+    assert [text for texts in samples for text in texts] == expected
 
 
 @pytest.mark.parametrize("case", [name for name in ORACLE if "reasoning" not in name])
@@ -129,7 +113,7 @@ def test_labels_of_the_2507_instruct_model(case):
     messages, expected = ORACLE[case]
     if case == "leading newline":
         expected = [["\nx<|im_end|>"]]
-    assert trained(messages, "qwen3_instruct_2507") == expected
+    assert trained(messages, "qwen3_instruct_2507") == [list(chain(*expected))]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_thinking_2507", "qwen3_instruct_2507"])
@@ -149,7 +133,7 @@ def test_text_equals_the_released_template(name, case, tokenizer, monkeypatch):
         conversation(q(), a("z"), *messages),
         conversation(q(), a("</think> is a tag"), *messages),
     ]
-    assert self_check(samples, tokenizer, name) == len(samples)
+    check(samples, tokenizer, name)
 
 
 @pytest.mark.parametrize(
@@ -161,85 +145,31 @@ def test_the_text_before_a_label_is_the_prompt_of_inference(name, case, tokenize
     """The prompt that a server builds from the turns before an answer must be what was trained."""
     monkeypatch.setattr(tokenizer, "chat_template", template(name))
     messages = ORACLE[case][0][: -1 if case == "ends with user" else None]
-    ends = [
-        i for i, m in enumerate(messages, 1) if i == len(messages) or messages[i]["role"] == "user"
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    texts = [
+        (sample.text, prompt_of_label)
+        for sample in rendered(messages, name)
+        for prompt_of_label in texts_before_labels(sample)
     ]
-    samples = rendered(messages, name)
-    for sample, end in zip(samples, ends[-len(samples) :], strict=True):
+    for answer, (text, before) in zip(answers, texts, strict=True):
         prompt = tokenizer.apply_chat_template(
-            messages[: end - 1],
+            messages[:answer],
             tokenize=False,
             add_generation_prompt=True,
-            enable_thinking=bool(messages[end - 1].get("reasoning_content")),
+            enable_thinking=bool(messages[answer].get("reasoning_content")),
         )
-        if name == "qwen3_thinking_2507" and not messages[end - 1].get("reasoning_content"):
-            prompt += "\n</think>\n\n"  # this family has no switch: the empty block is given
-        assert sample.text == prompt + trained_texts(sample)[-1] + "\n"
+        assert before == prompt
+        assert text.startswith(prompt)
 
 
-def test_an_empty_think_block_is_trained_only_on_request():
-    assert rendered([q(), a("x")])[0].text.endswith("\n<think>\n\n</think>\n\nx<|im_end|>\n")
-    assert trained([q(), a("x")]) == [["x<|im_end|>"]]
-    texts = trained([q(), a("x")], train_empty_think=True)
-    assert texts == [["<think>\n\n</think>\n\nx<|im_end|>"]]
-    texts = trained([q(), a("x")], "qwen3_thinking_2507", train_empty_think=True)
-    assert texts == [["\n</think>\n\nx<|im_end|>"]]
-
-
-def test_split_turns_shows_each_query_its_own_history():
-    samples = rendered([q("q1"), a("x", "r1"), q("q2"), CALL, result("9"), a("y", "r2")])
-    assert [sample.text for sample in samples] == [
-        "<|im_start|>user\nq1<|im_end|>\n"
-        "<|im_start|>assistant\n<think>\nr1\n</think>\n\nx<|im_end|>\n",
-        "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\nx<|im_end|>\n"
-        f"<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n{CALL_TEXT}\n"
-        "<|im_start|>user\n<tool_response>\n9\n</tool_response><|im_end|>\n"
-        "<|im_start|>assistant\n<think>\nr2\n</think>\n\ny<|im_end|>\n",
-    ]
-    assert trained_texts(samples[1]) == [CALL_TEXT, "<think>\nr2\n</think>\n\ny<|im_end|>"]
-
-
-def test_two_queries_in_a_row_make_one_sample():
-    texts = trained([q("1"), q("2"), a("x", "r1"), q("3"), a("y", "r2")])
-    assert [len(sample) for sample in texts] == [1, 1]
-
-
-def test_drop_history_labels_what_still_has_its_reasoning():
-    warnings = Counter()
-    messages = [q(), a("x", "r1"), q(), a("y"), q(), a("z", "r3")]
-    texts = trained(messages, thinking="drop_history", warnings=warnings)
-    assert texts == [["y<|im_end|>", "<think>\nr3\n</think>\n\nz<|im_end|>"]]
-    assert warnings == {"earlier turn loses its reasoning and carries no label": 1}
-
-
-def test_keep_writes_and_labels_all_reasoning():
-    texts = trained([q(), a("x", "r1"), q(), a("y", "r2")], thinking="keep")
-    assert texts == [
-        ["<think>\nr1\n</think>\n\nx<|im_end|>", "<think>\nr2\n</think>\n\ny<|im_end|>"]
-    ]
-
-
-@pytest.mark.parametrize("thinking", ["split_turns", "drop_history", "keep"])
-def test_last_assistant_labels_one_turn(thinking):
-    messages = [q(), a("x", "r1"), q(), a("y"), a("z")]
-    assert trained(messages, train_on="last_assistant", thinking=thinking) == [["z<|im_end|>"]]
-
-
-def test_all_labels_every_token_of_one_text():
-    messages = [q(), a("x", "r1"), q(), a("y", "r2")]
-    for chat_format in THINKING:
-        (sample,) = rendered(messages, chat_format, train_on="all")
-        assert trained_texts(sample) == [sample.text]
-        (unsplit,) = rendered(messages, chat_format, thinking="drop_history")
-        assert sample.text == unsplit.text
-
-
-def test_prompt_messages_carry_no_labels():
-    row = {"prompt": [q(), a("x"), q()], "completion": [a("y")]}
-    sample = parse_row(row, "prompt_completion", "f:1", Counter())
-    assert trained(sample) == [["y<|im_end|>"]]
-    row["prompt"][1]["reasoning_content"] = "r1"
-    assert trained(parse_row(row, "prompt_completion", "f:1", Counter())) == [["y<|im_end|>"]]
+def texts_before_labels(sample):
+    """Return what stands before each labelled stretch."""
+    text, before, was_trained = "", [], False
+    for piece in sample.pieces:
+        if piece.trained and not was_trained:
+            before.append(text)
+        text, was_trained = text + piece.text, piece.trained
+    return before
 
 
 def test_trailing_turns_are_cut_and_counted():
@@ -247,15 +177,6 @@ def test_trailing_turns_are_cut_and_counted():
     (sample,) = rendered([q(), a("x"), q("again"), result("9")], warnings=warnings)
     assert sample.text.endswith("x<|im_end|>\n")
     assert warnings == {"trailing turn without an answer cut": 1}
-
-
-def test_an_answer_before_the_first_query_is_counted_when_it_is_lost():
-    warnings = Counter()
-    texts = trained([a("hi", "r0"), q(), a("x", "r1")], warnings=warnings)
-    assert texts == [["<think>\nr1\n</think>\n\nx<|im_end|>"]]
-    assert warnings == {"answer before the first user turn carries no label": 1}
-    with pytest.raises(DataError, match="f:1: no answer is left to train"):
-        rendered([a("hi", "r0")])
 
 
 @pytest.mark.parametrize("name", ["qwen3_instruct_2507", "qwen3_coder", "qwen3_coder_tools"])
@@ -277,13 +198,22 @@ def test_self_check_shows_where_a_customised_template_differs(tokenizer, monkeyp
     changed = trl_chat_template("qwen3").replace("'<|im_end|>\\n'", "'<|im_end|>'", 1)
     monkeypatch.setattr(tokenizer, "chat_template", changed)
     fine = conversation(q(), a("x"))
-    assert self_check([fine], tokenizer, "qwen3") == 1
+    check([fine], tokenizer, "qwen3")
     system = conversation({"role": "system", "content": "s"}, q(), a("x"))
-    with pytest.raises(ValueError, match=r"differs from qwen3 at character 30:(.|\n)*chat_format"):
-        self_check([fine, system], tokenizer, "qwen3")
-    assert self_check([fine, system], tokenizer, "qwen3", limit=1) == 1
+    differs = r"f:2: .*differs from qwen3 at character 30 of the text:(.|\n)*chat_format"
+    with pytest.raises(ValueError, match=differs):
+        check([fine, system], tokenizer, "qwen3")
+
+
+def test_self_check_compares_the_prompts_too(tokenizer, monkeypatch):
+    changed = trl_chat_template("qwen3").replace("enable_thinking is false", "false")
+    monkeypatch.setattr(tokenizer, "chat_template", changed)
+    check([conversation(q(), a("x", "why"))], tokenizer, "qwen3")
+    with pytest.raises(ValueError, match="of the prompt"):
+        check([conversation(q(), a("x"))], tokenizer, "qwen3")
 
 
 def test_every_format_trains_the_same_answer():
-    for name in CHAT_FORMATS:
-        assert trained([q(), a("x")], name) == [["x<|im_end|>"]]
+    for name, fmt in CHAT_FORMATS.items():
+        (texts,) = trained([q(), a("x")], name)
+        assert texts == ["\n</think>\n\nx<|im_end|>" if fmt.prompt_opens_think else "x<|im_end|>"]

@@ -118,7 +118,7 @@ def test_content_never_becomes_a_control_token(role, tokenizer, encoder):
         messages = [Message(name, "x") for name in ("system", "user", "assistant", "tool")]
         messages[("system", "user", "assistant", "tool").index(role)] = Message(role, content)
         conversation = Conversation((*messages, Message("assistant", "y", content)))
-        (sample,) = samples(conversation)
+        *_, sample = samples(conversation)
         ids, _ = encoder.encode(sample)
         return ids[np.isin(ids, control)].tolist()
 

@@ -128,7 +128,9 @@ def test_customised_template_is_found(args, tokenizer, caplog):
         prepare(args, changed)
     args.chat_format = "qwen3"
     assert len(prepare(args, changed))
-    assert "training on qwen3 as told, but the tokenizer's chat template differs" in caplog.text
+    assert (
+        "training on qwen3 as told, but data.jsonl:1: the tokenizer's chat template" in caplog.text
+    )
 
 
 def test_tokenizer_without_a_template(args, tokenizer):
@@ -209,3 +211,26 @@ def test_split_is_never_empty(args, rows, tokenizer):
     for fraction in (0, 0.6, -1):
         with pytest.raises(ValueError, match=r"above 0 and up to 0\.5"):
             dataset.split(fraction, seed=0)
+
+
+def test_report_says_what_splitting_costs(args, tokenizer):
+    turns = [{"role": role, "content": "some words"} for role in ("user", "assistant")]
+    write([{"messages": turns}, {"messages": turns * 3}])
+    dataset = prepare(args, tokenizer)
+    lengths = [len(dataset[i][0]) for i in range(len(dataset))]
+    report = dataset.report
+    assert (report["rows_in"], report["rows_split"], report["samples_of_split_rows"]) == (2, 1, 3)
+    assert report["tokens_repeated"] == lengths[1] + lengths[2]
+    once = lengths[0] + lengths[3]
+    text = report_text(report)
+    assert (
+        "split     1 rows became 3 samples, since inference shows their answers different" in text
+    )
+    cost = f"{sum(lengths)} tokens in place of {once}, x {sum(lengths) / once:.2f}"
+    assert cost in text
+    args.chat_format = "qwen3_thinking_2507"
+    kind = "answer without reasoning: </think> is learned as the first thing to say"
+    assert prepare(args, tokenizer).report["warnings"][kind] == {
+        "count": 4,
+        "first": "data.jsonl:1",
+    }

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
 
 import datasets
@@ -232,3 +233,56 @@ def test_no_source_at_all():
         read()
     with pytest.raises(DataError, match="set --eval_dataset"):
         find_sources(DataArguments(dataset=["x"]), eval=True)
+
+
+# ---- what cannot be read ----
+
+
+def test_what_is_neither_file_nor_folder(folder):
+    os.mkfifo("pipe.jsonl")
+    (folder / "link.jsonl").symlink_to("nowhere")
+    for name in ("pipe.jsonl", "link.jsonl", "/dev/null"):
+        with pytest.raises(DataError, match=f"^{name}: neither a file nor a folder, but a pipe"):
+            read(name)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_file_that_the_machine_does_not_give(folder, name):
+    """As a disk that fails, or permissions, which a test that root runs cannot take away."""
+    (folder / name).symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=f"^{name}: Input/output error"):
+        read(name)
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
+@pytest.mark.parametrize("content", [b"", b"PAR1PAR1", b"ARROW1ARROW1", b"\x1f\x8bzipped", b"no"])
+def test_a_table_that_is_none(folder, name, content):
+    (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"^{name}: cannot read this table: "):
+        read(name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_another_encoding(folder, name, encoding):
+    (folder / name).write_bytes('{"text": "\u00e4"}'.encode(encoding))
+    with pytest.raises(DataError, match=rf"^{name}:1:\d+: invalid UTF-8"):
+        read(name)
+
+
+@pytest.mark.parametrize(
+    "state", ["{", "[]", "3", '{"_data_files": 3}', "{}", '{"_data_files": []}']
+)
+def test_a_damaged_saved_dataset(folder, state):
+    datasets.Dataset.from_list(ROWS).save_to_disk("saved")
+    (folder / "saved/state.json").write_text(state)
+    with pytest.raises(DataError, match=r"^saved: cannot read this saved dataset: "):
+        read("saved")
+
+
+def test_a_saved_dataset_with_damaged_rows(folder):
+    datasets.Dataset.from_list(ROWS).save_to_disk("saved")
+    file = next(folder.glob("saved/*.arrow"))
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"^saved: cannot read this saved dataset: "):
+        read("saved")

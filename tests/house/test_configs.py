@@ -18,6 +18,7 @@ from qwen3_sft.dry_run import dry_run
 from qwen3_sft.launch.accelerate_environment import accelerate_environment
 from qwen3_sft.launch.choice import choose
 from qwen3_sft.launch.launch import launch_command
+from qwen3_sft.options.command_line import read_options
 from qwen3_sft.options.data_args import DataArguments
 from qwen3_sft.options.model_args import ModelArguments
 from qwen3_sft.options.recipe import parse_options
@@ -157,10 +158,14 @@ def test_engine_file_is_for_the_stage_of_its_name(path):
 def test_default_launch_file_exists(gpus):
     argv = ["--config", str(CONFIG / "recipe" / "demo.yaml")]
     choice = choose(argv, gpus_per_node=gpus, gpu_memory_gib=140.4, environment={})
+    assert choice.config in LAUNCH_FILES
     command = launch_command(argv, choice)
+    if gpus <= 1:
+        assert command[1:] == ["-m", "qwen3_sft.train", *argv]
+        return
     parsed = launch_command_parser().parse_args(command[command.index("--quiet") :])
     assert Path(parsed.config_file) in LAUNCH_FILES
-    assert parsed.num_processes == (gpus if gpus > 1 else None)
+    assert parsed.num_processes == gpus
     assert (parsed.module, parsed.training_script) == (True, "qwen3_sft.train")
     assert parsed.training_script_args == argv
 
@@ -170,6 +175,7 @@ def test_recipe_arrives_unchanged(path):
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     options = recipe_options(path)
     values = options.values()
+    recipe.pop("planned_for", None)
     assert recipe == {key: values[key] for key in recipe}
     assert Path(recipe["output_dir"]).parts[0] == "runs", "runs/ is what .gitignore covers"
 
@@ -199,8 +205,9 @@ def test_recipe_is_accepted_by_transformers(path, tmp_path):
 @pytest.mark.parametrize("name", GPUS)
 def test_numbers_in_a_recipe_are_those_of_the_plan(name):
     path = CONFIG / "recipe" / f"qwen3_30b_a3b_{name}.yaml"
-    lines, exit_code = plan.command([str(path), "--gpus", GPUS[name]])
+    lines, exit_code = plan.command([str(path)])  # for its `planned_for`
     assert exit_code == 0, "a shipped recipe has to fit"
+    assert read_options(["--config", str(path)], needs_data=False).planned_for == GPUS[name]
     found = list(lines)
     start = next(i for i, line in enumerate(found) if line.startswith("memory per GPU"))
     comment = "\n".join(f"# {line}" for line in found[start:])

@@ -18,7 +18,8 @@ LAYERS = (
     "cli",
     "commands",
     "launch",
-    "train run dry_run build decisions",
+    "train run dry_run build",
+    "decisions start_checks",
     "training export",
     "checkpoints plan",
     "model optimizers",
@@ -31,6 +32,7 @@ MAY_IMPORT_MONKEY_PATCH = {
     "build", "decisions", "dry_run", "model.fp8", "model.patches", "plan.planner", "run"
 }  # fmt: skip
 ARCHITECTURES = "monkey_patch.architectures"
+COMPILED = "monkey_patch.compiled"  # torch.compile for all, and nothing of the patches
 KERNELS_MAY_IMPORT = {"torch", "triton", "numpy"}
 NEVER_AT_TOP_LEVEL = {"deepspeed", "liger_kernel", "flash_attn", "wandb"}
 
@@ -96,6 +98,7 @@ def test_only_few_modules_know_the_patches():
         if imported.split(".")[0] == "monkey_patch"
         # A family brings the names of its modules along; it knows nothing of the patches.
         and not (wing_of(name) == "families" and imported.startswith(ARCHITECTURES))
+        and not imported.startswith(COMPILED)
     ]
     outside = [where for name, where in imports if name not in MAY_IMPORT_MONKEY_PATCH]
     assert not outside, f"only {sorted(MAY_IMPORT_MONKEY_PATCH)} import monkey_patch: {outside}"
@@ -125,6 +128,7 @@ def test_monkey_patch_stands_alone(name):
             below = ("monkey_patch.kernels",)
             if not is_kernel:
                 below += ("monkey_patch.core", "monkey_patch.fp8_selection", ARCHITECTURES)
+                below += (COMPILED,)
             if name == "monkey_patch.experts_fp8":
                 below += ("monkey_patch.scatter_moe",)
             if name == "monkey_patch.core":

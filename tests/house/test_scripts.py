@@ -131,7 +131,6 @@ def test_dry_run_prints_command_and_patches(ready_venv):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     command = next(line for line in lines if line.startswith("command: "))
-    assert "accelerate" in command
     assert str(ready_venv / "bin" / "python") in command, "not the Python that was chosen"
     assert "config/recipe/demo.yaml" in command, "without arguments it is the demo"
     assert "-m qwen3_sft.train" in command

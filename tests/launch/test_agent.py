@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from qwen3_sft.errors import INTERRUPTED
-from qwen3_sft.launch.agent import Agent, catches, reported_code, workers
+from qwen3_sft.launch.agent import WORKER, Agent, catches, reported_code, workers
 
 # Programs without imports that take long. A worker is known by the name in its command line.
 TRAINS = """
@@ -157,3 +157,24 @@ def test_handlers_of_the_launcher_are_put_back():
     with suppress(ZeroDivisionError), Agent([sys.executable, "-c", ""], dict(os.environ)):
         raise ZeroDivisionError
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_run_of_one_process_is_agent_and_worker(tmp_path, monkeypatch):
+    """Without accelerate's launcher in between each signal comes once."""
+    package, ready = tmp_path / "qwen3_sft", tmp_path / "ready"
+    package.mkdir()
+    program = TRAINS.replace("sys.argv[2]", "sys.argv[1]").replace("sys.argv[4]", "sys.argv[2]")
+    (package / "train.py").write_text(program.replace("> 4", "> 3"))
+    (package / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)  # where Python looks for modules first
+    with Agent([sys.executable, *WORKER, str(ready)], dict(os.environ)) as agent:
+        while not ready.is_file():
+            assert agent.poll() is None
+            time.sleep(0.01)
+        assert [worker.pid for worker in workers(agent.process.pid)] == [agent.process.pid]
+        os.kill(os.getpid(), signal.SIGUSR1)
+        while agent.poll() is None:
+            agent.has_workers()
+            agent.wait(0.05)
+    assert ready.read_text() == "USR1"
+    assert agent.exit_code(INTERRUPTED) == INTERRUPTED

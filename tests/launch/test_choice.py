@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_sft.errors import UsageError
+from qwen3_sft.launch.accelerate_environment import single_process_environment
 from qwen3_sft.launch.choice import choose, deepspeed_file, launch_environment
 from qwen3_sft.launch.launch import launch, launch_command
 from qwen3_sft.logs import _CHATTY_AT_IMPORT
@@ -194,3 +195,32 @@ def test_a_shipped_launch_file_takes_the_gpus_that_are_there(tmp_path):
     assert flags(own, 4) == []
     assert flags(CONFIG / "single.json", 4) == []
     assert flags(CONFIG / "hsdp.json", 4) == [], "its shards and replicas are counted in the file"
+
+
+@pytest.mark.parametrize("threads", [None, "3"])
+def test_one_process_finds_what_accelerate_would_set(threads, monkeypatch):
+    """Its launcher, which takes seconds to import, is left out."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # the file wins
+    before = dict(os.environ)
+    words = ["--config_file", str(CONFIG / "single.json"), "-m", "qwen3_sft.train", "--x"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    command, expected = prepare_simple_launcher_cmd_env(args)
+    assert single_process_environment(before) == expected
+    assert launch_command(["--x"], chosen(gpus=1)) == command
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "a: b", "\udcff", None])
+def test_a_file_that_is_no_launch_file(tmp_path, content):
+    path = tmp_path / "launch.json"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UsageError, match=r"launch file .*launch\.json: "):
+        chosen(environment={"ACCELERATE_CONFIG": str(path)})

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from monkey_patch import PatchError, apply_patches, router_statistics
@@ -269,3 +270,15 @@ def test_refusals(model, packed):
     gate.__class__ = type("SigmoidTopKRouter", (type(gate),), {})
     with pytest.raises(PatchError, match=r"layers.2.mlp.gate is SigmoidTopKRouter; it knows"):
         apply_patches(model, ["router_aux_loss"])
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "mixtral", "gpt_oss", "glm4_moe", "jetmoe"])
+def test_other_routers_are_refused_by_name(model_type):
+    """Their configs may lack what those of the known ones have."""
+    config = AutoConfig.for_model(model_type, num_hidden_layers=4)
+    with torch.device("meta"):
+        stranger = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(
+        PatchError, match=r"is a .*(Router|Gating), which routes .* it knows Qwen3Moe"
+    ):
+        apply_patches(stranger, ["router_aux_loss"])

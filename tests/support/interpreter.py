@@ -33,6 +33,7 @@ def enable() -> None:
         raise RuntimeError("triton was imported before tests.support.interpreter.enable()")
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = "1"
+    _mend_index()
     _mend_bfloat16()
     _mend_e4m3()
     for name in KERNEL_MODULES:
@@ -46,6 +47,22 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("Triton compiles in this process; tests/gpu runs the kernels themselves")
     monkeypatch.setenv(VARIABLE, "1")
+
+
+def _mend_index() -> None:
+    """Let a scalar be a bound of a loop although numpy 2.5 makes no number of an array of one.
+
+    Remove when setup.py asks for Triton 3.7: this function
+    """
+    from triton.runtime import interpreter
+
+    plain = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
 
 
 def _mend_bfloat16() -> None:
