@@ -70,6 +70,10 @@ class DataError(UserError):
     """
 
 
+class WorkerError(SftError, RuntimeError):
+    """A process that tokenises was killed, or ended by itself; the message says how."""
+
+
 class ModelError(UserError):
     """The model at hand cannot be trained; the message says why and what to set."""
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qwen3_sft.data.files.compressed import kind_of
 from qwen3_sft.data.files.file_kinds import KINDS, FileOptions, file_rows, is_data_file
+from qwen3_sft.data.files.folders import folder_files, saved_split
 from qwen3_sft.data.json_rows import Row
 from qwen3_sft.data.tally import Tally
 from qwen3_sft.errors import DataError, said, told_as
@@ -23,8 +26,6 @@ from qwen3_sft.errors import DataError, said, told_as
 if TYPE_CHECKING:
     from qwen3_sft.options.data_args import DataArguments
 
-_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_NOT_DATA = {".md", ".txt", ".yaml", ".yml", ".lock", ""}  # beside data; a .txt is one if named
 
 Digest = Callable[[Path], str]  # content hash of a file
 
@@ -49,8 +50,8 @@ class RowSource(Protocol):
 def find_sources(args: DataArguments, *, eval: bool = False) -> list[RowSource]:
     """Resolve `dataset` (or `eval_dataset`) to readable sources, folders to their files.
 
-    A hub id or a folder saved with several splits may name its split after a colon
-    (`org/name:test`); otherwise `dataset_split` decides.
+    A hub id or a folder may name its split after a colon (`org/name:test`). Otherwise
+    `dataset_split` decides for `dataset`; of `eval_dataset` folders give validation, else test.
 
     Raises:
         DataError: if nothing is given, or a path does not exist or holds no data.
@@ -58,7 +59,7 @@ def find_sources(args: DataArguments, *, eval: bool = False) -> list[RowSource]:
     option, names = ("eval_dataset", args.eval_dataset) if eval else ("dataset", args.dataset)
     if not names:
         raise DataError(f"no data: set --{option} to files, folders or hub ids")
-    return [source for name in names for source in _find(name, args)]
+    return [source for name in names for source in _find(name, args, eval=eval)]
 
 
 def check_sources(args: DataArguments) -> None:
@@ -72,21 +73,27 @@ def check_sources(args: DataArguments) -> None:
         find_sources(args, eval=True)
 
 
-def _find(name: str, args: DataArguments) -> list[RowSource]:
+def _find(name: str, args: DataArguments, *, eval: bool) -> list[RowSource]:
     path = Path(name)
     options = FileOptions(args.on_bad_row == "drop", args.txt_rows)
+    asked = None if eval else args.dataset_split
     if path.is_file():
         return [_FileSource(path, options)]
     if path.is_dir():
-        return _folder_sources(path, args.dataset_split, options)
+        return _folder_sources(path, asked, args.dataset_config, options)
     base, colon, split = name.rpartition(":")
     if colon and Path(base).is_dir():
-        return _folder_sources(Path(base), split, options)
+        return _folder_sources(Path(base), split, args.dataset_config, options)
     if path.is_symlink() or path.exists():
         raise DataError(f"{name}: neither a file nor a folder, but a pipe, device or broken link")
-    hub_id, split = (base, split) if colon else (name, args.dataset_split)
+    hub_id, split = (base, split) if colon else (name, asked)
     if not _looks_like_hub_id(hub_id):
         raise DataError(f"{name}: no such file or folder{_suggestion(path)}")
+    if split is None:
+        raise DataError(
+            f"{name}: which split of this hub dataset? Name it behind a colon: "
+            f"--eval_dataset {name}:validation"
+        )
     return [_HubSource(hub_id, split, args.dataset_config, args.dataset_revision, args.streaming)]
 
 
@@ -106,32 +113,32 @@ def _suggestion(path: Path) -> str:
     return f"; did you mean {missing.parent / near[0]}?" if near else ""
 
 
-def _folder_sources(folder: Path, split: str, options: FileOptions) -> list[RowSource]:
+def _folder_sources(
+    folder: Path, asked: str | None, config: str | None, options: FileOptions
+) -> list[RowSource]:
+    """Return the sources of a split; None asks for what there is to evaluate on."""
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(entry.parent.name for entry in folder.glob("*/state.json"))
-        if split not in splits:
-            raise DataError(
-                f"{folder}: no split {split!r}; it has {', '.join(splits)}: set --dataset_split"
-            )
-        return [_SavedSource(folder / split)]
+        return [_SavedSource(folder / saved_split(folder, splits, asked))]
     if (folder / "state.json").is_file():
+        _check_saved_split(folder, asked)
         return [_SavedSource(folder)]
-    visible = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
-    ]
-    unread = [p for p in visible if p.suffix not in _NOT_DATA and not is_data_file(p)]
-    if unread:
-        raise DataError(
-            f"{unread[0]}: unknown kind of file ({len(unread)} such in {folder}); "
-            f"accepted are {', '.join(KINDS)}: convert it or move it away"
-        )
-    data = [p for p in visible if is_data_file(p) and p.suffix not in _NOT_DATA]
-    files = [path for path in data if path.name not in _METADATA]
-    if not files:
-        raise DataError(f"{folder}: no {', '.join(KINDS)} file in this folder")
+    files = folder_files(folder, asked, config, _is_data, kinds=", ".join(KINDS))
     return [_FileSource(path, options) for path in files]
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file among others holds rows; a text among data is a notice, unless it is named."""
+    return is_data_file(path) and kind_of(path)[0] != ".txt"
+
+
+def _check_saved_split(folder: Path, asked: str | None) -> None:
+    """Refuse a saved dataset that was taken from another split than the one asked for."""
+    where = f"{folder}: cannot read this saved dataset"
+    with told_as(DataError, where, OSError, ValueError, AttributeError):
+        split = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("_split")
+    if asked is not None and split is not None:
+        saved_split(folder, [split], asked)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,8 @@ from __future__ import annotations
 
 import heapq
 import logging
-import multiprocessing
-import os
-import signal
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Literal
@@ -30,6 +25,7 @@ from qwen3_sft.data.counts import NUM_LONGEST, Counts
 from qwen3_sft.data.formats import parse_row
 from qwen3_sft.data.raw_rows import RawRow
 from qwen3_sft.data.rows.defects import BAD_ROW
+from qwen3_sft.data.workers import map_in_workers
 from qwen3_sft.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -233,6 +229,7 @@ def tokenize_chunks(
 
     Raises:
         ValueError: if `num_proc` is below 1.
+        WorkerError: a process could not start, or ended before its work.
     """
     if num_proc < 1:
         raise ValueError(f"num_proc is {num_proc}; set it to 1 or more")
@@ -242,54 +239,4 @@ def tokenize_chunks(
         return map(tokenize, chunks)
     first = list(islice(chunks, 2))  # one chunk is done before a process has started
     chunks = chain(first, chunks)
-    return map(tokenize, chunks) if len(first) < 2 else _in_workers(tokenize, chunks, num_proc)
-
-
-def _in_workers(
-    tokenize: RowTokenizer, chunks: Iterable[list[RawRow]], num_proc: int
-) -> Iterator[TokenizedRows]:
-    # `spawn`: a fork of a process with threads (tokenizers, torch) may deadlock.
-    executor = ProcessPoolExecutor(
-        num_proc, multiprocessing.get_context("spawn"), _start_worker, (tokenize,)
-    )
-    others = set(multiprocessing.active_children())
-    waiting: deque[Future[TokenizedRows]] = deque()
-    is_whole = False
-    try:
-        for chunk in chunks:
-            with _deaf_to_ctrl_c():
-                waiting.append(executor.submit(_work, chunk))
-            if len(waiting) > 2 * num_proc:  # reading ahead further would only cost memory
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-        is_whole = True
-    finally:
-        # Of an error, or Ctrl-C, nobody waits for the rest; a second Ctrl-C while waiting would
-        # leave a process that never ends (Python 3.11: the queue closes before the last word).
-        for worker in set(multiprocessing.active_children()) - others if not is_whole else ():
-            worker.terminate()
-        executor.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Start no worker that hears it: the parent does, and ends its workers without a word."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-_worker_tokenize: Callable[[list[RawRow]], TokenizedRows]
-
-
-def _start_worker(tokenize: RowTokenizer) -> None:
-    global _worker_tokenize  # noqa: PLW0603 - the one way to give a pool's worker its state once
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
-    _worker_tokenize = tokenize
-
-
-def _work(chunk: list[RawRow]) -> TokenizedRows:
-    return _worker_tokenize(chunk)
+    return map(tokenize, chunks) if len(first) < 2 else map_in_workers(tokenize, chunks, num_proc)

@@ -48,9 +48,12 @@ class DataArguments:
     txt_rows: Literal["file", "paragraph", "line"] | None = field(
         default=None, metadata={"help": "what one text is in a .txt file, which does not say it"}
     )
-    dataset_split: str = field(default="train", metadata={"help": "split of a hub dataset"})
+    dataset_split: str = field(
+        default="train", metadata={"help": "split of folders and hub ids; or FOLDER:SPLIT"}
+    )
     dataset_config: str | None = field(
-        default=None, metadata={"help": "configuration name of a hub dataset"}
+        default=None,
+        metadata={"help": "configuration that a hub dataset, or a folder's README.md, has"},
     )
     dataset_revision: str | None = field(
         default=None, metadata={"help": "commit, tag or branch of a hub dataset"}
@@ -60,7 +63,11 @@ class DataArguments:
     )
     max_rows: int | None = field(default=None, metadata={"help": "read at most this many rows"})
     eval_dataset: list[str] = field(
-        default_factory=list, metadata={"help": "files, folders or hub ids for evaluation"}
+        default_factory=list,
+        metadata={
+            "help": "files, folders (validation, else test is read) or hub ids with their split "
+            "(org/name:test) for evaluation"
+        },
     )
     eval_fraction: float = field(
         default=0.0, metadata={"help": "share of the samples held out for evaluation, 0 to 0.5"}

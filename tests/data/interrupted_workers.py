@@ -12,7 +12,7 @@ from qwen3_sft.errors import unless_stopped
 def slow(rows: list) -> TokenizedRows:
     """Take a while for a chunk."""
     time.sleep(0.3)
-    return TokenizedRows([], Counts())
+    return TokenizedRows([], Counts(), [])
 
 
 def main() -> int:

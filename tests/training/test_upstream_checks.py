@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from qwen3_sft.decisions import Machine, check_model, check_options, check_place, decide
+from qwen3_sft.decisions import Machine, check_model, check_options, decide
 from qwen3_sft.dry_run import dry_run
 from qwen3_sft.errors import DataError, ModelError, UsageError
 from qwen3_sft.model.meta_model import model_on_meta
 from qwen3_sft.options.recipe import parse_options
 from qwen3_sft.options.values import REPORTERS
 from qwen3_sft.plan.disk import DiskUse
+from qwen3_sft.start_checks import check_place
 from qwen3_sft.training import upstream_checks
 
 CPU = Machine(None, torch.device("cpu"))
