@@ -16,7 +16,7 @@ grep -vE '^(torch|triton|numpy)==|^#' constraints.txt > "$oldest"
 printf '%s\n' torch==2.11.0 triton==3.6.0 numpy==2.5.0 >> "$oldest"
 "$python" -m pip install --quiet torch==2.11.0
 "$python" -m pip install --quiet -c "$oldest" -e '.[dev]'
-"$python" -m tests.support.signatures
+"$python" -m tests.house.called_signatures
 
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 exec "$python" -m pytest -n "${PYTEST_WORKERS:-auto}" --dist worksteal \

@@ -32,7 +32,8 @@ class Group:
 GROUPS = (
     Group(
         "data",
-        "dataset dataset_format dataset_split dataset_config dataset_revision streaming max_rows "
+        "dataset dataset_format columns ignore_columns on_bad_row txt_rows dataset_split "
+        "dataset_config dataset_revision streaming max_rows "
         "max_length packing overlong train_on thinking train_empty_think chat_format "
         "max_drop_fraction num_proc data_cache_dir",
         {"dataloader_num_workers": "processes that read ahead"},

@@ -216,7 +216,7 @@ def test_text_in_a_table_that_is_not_utf8(folder):
         ("data/sub/x.json", r"data/sub/x\.json: no such file .*did you mean .*/data1\?"),
         ("./nothing", r"nothing: no such file"),
         ("empty", r"empty: no .*file in this folder"),
-        ("mixed", r"mixed/x\.doc: unknown kind of file"),
+        ("mixed", r"mixed: no .*file in this folder; it has x\.doc"),
     ],
 )
 def test_missing_sources(folder, name, message):

@@ -173,7 +173,7 @@ def test_all_that_is_read_needs_no_line(make, caplog):
     assert not caplog.messages
 
 
-@pytest.mark.parametrize("name", ["b.zip", "b.xlsx", "sub/b.PKL", "b.jsonl.xz"])
+@pytest.mark.parametrize("name", ["b.zip", "b.xlsx", "sub/b.PKL", "b.jsonl.lz4"])
 def test_what_may_hold_rows_is_never_left_out(make, name):
     make("a.jsonl", name)
     with pytest.raises(DataError, match=f"^d/{name}: unknown kind of file"):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.support.signatures import TABLES, Call, calls, problems
+from tests.house.called_signatures import TABLES, Call, calls, problems
 
 FILES = sorted(TABLES.glob("torch-*.json"))
 

@@ -1,6 +1,6 @@
 """Which functions of torch and others our code calls, how, and what each version takes.
 
-`python -m tests.support.signatures` writes the table of the versions that are installed; a test
+`python -m tests.house.called_signatures` writes the table of the installed versions; a test
 compares every call with every table. Calls of methods are not seen: their objects are not known
 before the code runs.
 """
