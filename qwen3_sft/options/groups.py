@@ -33,6 +33,7 @@ GROUPS = (
     Group(
         "data",
         "dataset dataset_format dataset_split dataset_config dataset_revision streaming max_rows "
+        "columns ignore_columns on_bad_row txt_rows "
         "max_length packing overlong train_on thinking train_empty_think chat_format "
         "max_drop_fraction num_proc data_cache_dir",
         {"dataloader_num_workers": "processes that read ahead"},

@@ -31,6 +31,7 @@ NO_PATHS = {
     "hub_model_id": "its default is the folder's name",
     "resume_from_checkpoint": "refused",
     "dataset_format": "a word",
+    "txt_rows": "a word",
     "project": "a name: separators are refused",
     "run_name": "a name: separators are refused",
     "fp8_keep": "patterns of modules",
