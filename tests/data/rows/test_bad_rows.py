@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from qwen3_sft.commands.inspect import inspect
+from qwen3_sft.commands.shown_samples import inspect
 from qwen3_sft.data.prepare import prepare
 from qwen3_sft.errors import DataError
 from qwen3_sft.options.data_args import DataArguments
