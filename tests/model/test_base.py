@@ -219,7 +219,7 @@ def text(file, content):
         (nested_as_run, r"no config\.json; .* such as .*/model"),
         (as_adapter, "a LoRA adapter, not a model: merge it into its base Qwen/X"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "made",
 )
 def test_damaged_folders_are_named(base, breaks, words):
     breaks(base)
