@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -173,5 +174,5 @@ def unmasked(value: Any) -> Any:
             return Message(value.role, *map(unmasked, (value.content, value.reasoning)), calls)
         case Conversation():
             turns, tools = unmasked(value.messages), unmasked(value.tools)
-            return Conversation(turns, tools, value.first_trained, value.enable_thinking)
+            return replace(value, messages=turns, tools=tools)
     return value
