@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from qwen3_sft.chat.encoding import Encoder
 from qwen3_sft.errors import ModelError
 from qwen3_sft.model.loading import load_tokenizer
 
@@ -36,7 +35,9 @@ DAMAGES = {
 def test_a_damaged_file_is_named(folder, name, damage):
     path = folder / name
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(ModelError, match=rf"{name}: (cannot be read|must hold an object)"):
+    words = {"empty": " is empty", "a pointer": " is a Git LFS pointer"}
+    expected = words.get(damage, ": (cannot be read|must hold an object)")
+    with pytest.raises(ModelError, match=f"{name}{expected}"):
         load_tokenizer(folder)
 
 
@@ -81,7 +82,8 @@ def test_none_at_all(folder, is_folder):
     (folder / "tokenizer.json").unlink()
     if is_folder:
         (folder / "tokenizer.json").mkdir()
-    with pytest.raises(ModelError, match=f"{folder}: has no tokenizer"):
+    expected = "/tokenizer.json is a folder" if is_folder else ": has no tokenizer"
+    with pytest.raises(ModelError, match=f"{folder}{expected}"):
         load_tokenizer(folder)
 
 
@@ -90,5 +92,5 @@ def test_without_control_tokens(folder):
     content = json.loads(path.read_text(encoding="utf-8"))
     tokens = [t for t in content["added_tokens"] if "think" not in t["content"]]
     edited(folder, "tokenizer.json", added_tokens=tokens)
-    with pytest.raises(ModelError, match=f"{folder}: no control token <think> </think>"):
-        Encoder(load_tokenizer(folder))
+    with pytest.raises(ModelError, match=f"{folder}: .* it lacks <think>, </think>"):
+        load_tokenizer(folder)
