@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import xxhash
+
 from qwen3_sft.checkpoints.ledger import Entry, Ledger, hash_file
 from qwen3_sft.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+_OWN_HASH = "xxh3"
 
 _THREADS = 8  # xxhash and reads release the GIL; more do not help one disk
 
@@ -57,8 +60,9 @@ def seal(folder: Path, entries: Mapping[str, Entry], **facts: Any) -> None:
         if path.is_file() and name != MANIFEST and name not in entries:
             ledger.record(path)
     files = dict(sorted({**entries, **ledger.entries}.items()))
+    content = {**facts, "files": files}
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({**facts, "files": files}, file, indent=1)
+        json.dump({_OWN_HASH: _own_hash(content), **content}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
@@ -111,7 +115,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         is_entry = isinstance(entry, dict) and {"bytes", "xxh3"} <= entry.keys()
         if not is_entry or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise CheckpointError(f"{path}: {name} is not a file of this folder with size and hash")
+    own_hash = manifest.pop(_OWN_HASH, None)  # those of earlier versions have none
+    if own_hash is not None and own_hash != _own_hash(manifest):
+        raise CheckpointError(f"{path}: content differs from what was saved")
     return manifest
+
+
+def _own_hash(content: Mapping[str, Any]) -> str:
+    """Return the hash of all that a manifest says beside it."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def _check_size(path: Path, entry: Entry) -> None:
