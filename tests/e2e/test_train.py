@@ -49,7 +49,7 @@ def sharegpt(folder):
         for i in range(30)
     ]  # fmt: skip
     (folder / "share.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder / "share.jsonl", "0!!<|im_end|>"
+    return folder / "share.jsonl", "0!<|im_end|>"
 
 
 def tools(folder):
