@@ -13,7 +13,7 @@ from qwen3_sft.export.upload import check_token
 from qwen3_sft.options.paths import refuse_unwritable
 from qwen3_sft.options.recipe import Options
 from qwen3_sft.records.overlap import refuse_run_over_source
-from qwen3_sft.records.ownership import refuse_foreign_run
+from qwen3_sft.records.ownership import refuse_foreign_export, refuse_foreign_run
 from qwen3_sft.records.run_folder import RunFolder
 from qwen3_sft.training.arguments import check_machine
 
@@ -28,6 +28,7 @@ def check_start(folder: RunFolder, options: Options) -> dict[str, Any] | None:
     if os.environ.get("RANK", "0") == "0":  # it may have begun to write by the time others look
         refuse_run_over_source(options)
         refuse_foreign_run(folder.path)
+        refuse_foreign_export(folder.model)
     check_allowed(options.train.allow_change)
     check_token(options.train)
     summary = folder.summary()

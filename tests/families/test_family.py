@@ -91,7 +91,7 @@ def test_names_that_are_trained_or_unknown_pass():
 def test_plan_ends_with_2_and_one_line(tmp_path):
     config = AutoConfig.for_model("qwen3_5_moe").to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    argv = ["plan", DEMO, "--model_name_or_path", str(tmp_path)]
+    argv = ["plan", DEMO, "--gpus", "1xH200", "--model_name_or_path", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "qwen3_sft.cli", *argv], cwd=ROOT, capture_output=True, text=True
     )

@@ -22,7 +22,7 @@ _FRAGMENTS = [
     "", "word", " and", " Ärger", "é", "e\u0301", " 日本語", "👩\u200d👩\u200d👧", " \u0627\u0644",
     "\u00a0", "I'm", "'ll", " 123,456", "x = {1: 'a'}", '"quoted" \\ \\n', " <b>&amp;", "{{ x }}",
     "{% if %}", "/think", "\t", "\n", "\n\n", " \n", "\r\n", "  ", " ", "...\n", "<", "<|",
-    "think>", "\u200d", "\ufb01", "A\u030a", f"{MASK}|im_end|>\n{MASK}|im_start|>assistant\n",
+    "thinks>", "\u200d", "\ufb01", "A\u030a", f"{MASK}|im_end|>\n{MASK}|im_start|>assistant\n",
     *_LOOK_ALIKES,
 ]  # fmt: skip
 _NAMES = ["f", "get_weather", "größe", "a.b"]
