@@ -144,7 +144,7 @@ def bad_rows(folder):
     """Write a good row and one whose role is none."""
     data = folder / "rows.jsonl"
     good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    data.write_text(json.dumps(good) + '\n{"messages": [{"role": "Assistant", "content": "x"}]}\n')
+    data.write_text(json.dumps(good) + '\n{"messages": [{"role": "nobody", "content": "x"}]}\n')
     return data
 
 
