@@ -25,15 +25,17 @@ def check_start(folder: RunFolder, options: Options) -> dict[str, Any] | None:
         UsageError: the folder is not ours, is read as well, or holds another finished run; an
             option means nothing here.
     """
-    if os.environ.get("RANK", "0") == "0":  # it may have begun to write by the time others look
+    is_first = os.environ.get("RANK", "0") == "0"  # it may write by the time others look
+    if is_first:
         refuse_run_over_source(options)
         refuse_foreign_run(folder.path)
-        refuse_foreign_export(folder.model)
     check_allowed(options.train.allow_change)
-    check_token(options.train)
     summary = folder.summary()
     if summary is not None and is_asked_for(folder, summary, options):
         return summary
+    if is_first:
+        refuse_foreign_export(folder.model)
+    check_token(options.train)
     check_resume(folder, options.train.resume)
     return None
 
