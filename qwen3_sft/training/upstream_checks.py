@@ -66,7 +66,7 @@ def check_arguments(train: TrainDraft, *, has_evaluation: bool) -> None:
         UsageError: naming the options.
     """
     evaluation, saves = str(train.eval_strategy), str(train.save_strategy)
-    schedule = str(getattr(train.lr_scheduler_type, "value", train.lr_scheduler_type))
+    schedule = _word(train.lr_scheduler_type)
     if evaluation == "no" and (schedule in _FOLLOWS_EVALUATION or train.eval_on_start):
         option = (
             "--eval_on_start true" if train.eval_on_start else f"--lr_scheduler_type {schedule}"
