@@ -136,7 +136,7 @@ def test_a_bad_row_ends_with_code_2_and_its_place(base, tmp_path):
     result = cli("train", *where, "--data_cache_dir", tmp_path / "cache")
     assert result.returncode == 2
     assert f"{data}:2" in result.stdout
-    assert "Assistant" in result.stdout
+    assert "has role 'nobody'" in result.stdout
     assert "Traceback" not in result.stdout + result.stderr
 
 
