@@ -17,7 +17,7 @@ from qwen3_sft.checkpoints.folders import step_of
 from qwen3_sft.data.prepare import TokenDataset
 from qwen3_sft.decisions import Decisions
 from qwen3_sft.distributed.engine import Engine
-from qwen3_sft.errors import UsageError
+from qwen3_sft.errors import DataError, UsageError
 from qwen3_sft.hardware import device_info
 from qwen3_sft.model.activation_checkpointing import enable_checkpointing
 from qwen3_sft.model.layer_compile import compile_layers
@@ -25,6 +25,7 @@ from qwen3_sft.options.batch import rows_per_step
 from qwen3_sft.options.data_args import DataArguments
 from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.packing.collator import PackedCollator
+from qwen3_sft.packing.passes import Passes
 from qwen3_sft.packing.rows import PackedDataset
 from qwen3_sft.plan.plan import RunPlan
 from qwen3_sft.records.run_folder import RunFolder, versions
@@ -138,26 +139,48 @@ def _shape_layers(trainer: SftTrainer, plan: RunPlan) -> None:
 
 def _pack(
     args: TrainArguments, tokens: Tokens, data: DataArguments
-) -> tuple[PackedDataset, PackedDataset | None]:
+) -> tuple[PackedDataset, dict[str, PackedDataset] | None]:
     """Pack for this world size and say in words what one step is."""
     per_step = rows_per_step(args)
     train_rows = PackedDataset(
         tokens.train, data.max_length, packing=data.packing, seed=args.seed,
-        rows_multiple_of=per_step,
+        rows_multiple_of=per_step, passes=_passes(tokens.train, args.seed),
     )  # fmt: skip
-    eval_rows = None
-    if tokens.eval is not None:
-        eval_rows = PackedDataset(
-            tokens.eval, data.max_length, packing=data.packing, seed=args.seed,
+    eval_rows = {
+        name: PackedDataset(
+            view, data.max_length, packing=data.packing, seed=args.seed,
             rows_multiple_of=args.world_size * args.per_device_eval_batch_size,
-        )  # fmt: skip
+        )
+        for name, view in ({} if tokens.eval is None else tokens.eval.by_source()).items()
+    }  # fmt: skip
     logger.info(
         "data: %d samples in %d rows of %d tokens (%.2f%% full); one step = %d processes x %d "
         "rows x %d accumulated = %s tokens", len(tokens.train), len(train_rows), data.max_length,
         100 * train_rows.fill, args.world_size, args.per_device_train_batch_size,
         args.gradient_accumulation_steps, f"{per_step * data.max_length:,}",
     )  # fmt: skip
-    return train_rows, eval_rows
+    return train_rows, eval_rows or None
+
+
+def _passes(tokens: TokenDataset, seed: int) -> Passes | None:
+    """Return how often an epoch takes each sample; None if it is once.
+
+    Raises:
+        DataError: so small a share of a source is asked for that it is none of its samples.
+    """
+    repeats = [source["repeat"] for source in tokens.report["sources"]]
+    if set(repeats) == {1.0}:
+        return None
+    source_of = tokens.source_of
+    for number, repeat in enumerate(repeats):
+        samples = int((source_of == number).sum())
+        if samples and round(samples * repeat) == 0:
+            source = tokens.report["sources"][number]
+            raise DataError(
+                f"{source['path']}: repeat {repeat:g} of {samples} samples takes none; set "
+                f"{1 / samples:.2g} or more"
+            )
+    return Passes(tokens.lengths, source_of, repeats, seed)
 
 
 def _callbacks(

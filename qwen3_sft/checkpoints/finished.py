@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_sft.checkpoints.resume import CHANGEABLE
-from qwen3_sft.data.prepare import data_fingerprint
+from qwen3_sft.data.identity import data_fingerprint
 from qwen3_sft.errors import UsageError
 from qwen3_sft.options.changes import OPTIONS, comparable, in_words, length
+from qwen3_sft.options.data_entries import read_entries
 from qwen3_sft.options.recipe import Options
 from qwen3_sft.records.run_folder import RunFolder
 
@@ -82,7 +83,8 @@ def _changed(
 
 def _same_content(folder: RunFolder, name: str, options: Options) -> bool | None:
     """Whether the files of a dataset hold what was trained; None where they are not at hand."""
-    sources, report = getattr(options.data, name), folder.path / _DATASETS[name]
+    sources = [e.path for e in read_entries(getattr(options.data, name), f"--{name}")]
+    report = folder.path / _DATASETS[name]
     if not sources or not report.is_file() or not all(Path(source).exists() for source in sources):
         return None
     recorded = json.loads(report.read_text(encoding="utf-8")).get("fingerprints", {})

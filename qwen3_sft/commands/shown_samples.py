@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,9 +11,10 @@ import numpy as np
 from qwen3_sft.chat.encoding import Encoder
 from qwen3_sft.chat.samples import IGNORED
 from qwen3_sft.data.prepare import tokenize_options
-from qwen3_sft.data.raw_rows import raw_rows
-from qwen3_sft.data.readers import find_sources
+from qwen3_sft.data.raw_rows import RowsRead, raw_rows
+from qwen3_sft.data.readers import find_entries, find_sources
 from qwen3_sft.data.report import check_drops, make_report, report_origin, report_text
+from qwen3_sft.data.source_counts import SourceCounts
 from qwen3_sft.data.template_check import TemplateCheck
 from qwen3_sft.data.tokenize_rows import (
     Counts,
@@ -62,15 +62,19 @@ def inspect(
     sources = find_sources(args)
     tokenize = RowTokenizer(Encoder(tokenizer), tokenize_options(args, tokenizer))
     check = TemplateCheck(tokenize.options, tokenizer, is_explicit=args.chat_format != "auto")
-    counts, formats = Counts(), Counter[str]()
-    rows = raw_rows(sources, args, counts.warnings, formats)
+    read = RowsRead()
+    counts = Counts(warnings=read.warnings)
+    of_sources = SourceCounts(find_entries(args), read)
+    rows = raw_rows(sources, args, read)
     # All of them are checked before the first is shown.
     chunks = list(check(_until(tokenize_chunks(tokenize, rows, num_proc=1, chunk_rows=1), n)))
     for chunk in chunks:
         counts.merge(chunk.counts)
+        of_sources.add(chunk.samples)
     samples = [sample for chunk in chunks for sample in chunk.samples]
     report = make_report(counts, np.array([len(sample.ids) for sample in samples], np.int64))
-    report.update(report_origin(sources, formats, tokenize.options))
+    report.update(report_origin(sources, read.formats, tokenize.options))
+    report["sources"] = of_sources.report(counts.rows_in)
     if fmt == "json":
         if n and not samples:
             check_drops(report, max_drop_fraction=1.0)  # says why there is nothing to show

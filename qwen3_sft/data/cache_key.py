@@ -45,6 +45,7 @@ from qwen3_sft.data.files import (
     compressed,
     csv_rows,
     dataset_card,
+    datasets_rows,
     file_kinds,
     folders,
     splits,
@@ -72,14 +73,15 @@ from qwen3_sft.data.rows import (
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = 2  # of the cache folder; raise it when the meaning of its files changes
+LAYOUT = 3  # of the cache folder; raise it when the meaning of its files changes
 # A row's way to tokens, all of it: a forgotten module would serve stale caches (a test checks).
 TOKENISERS = (
     answers, calls, choose_rows, columns, compressed, content, contexts, control_tokens,
-    conversations, counts, csv_rows, dataset_card, defects, encoding, features, fields, file_kinds,
-    folders, formats, json_rows, loss_flags, nulls, pieces, plain, questions, raw_rows, readers,
-    reasoning, refused, render, samples, source, splits, table_rows, tally, templates, text,
-    token_rows, tokenize_rows, turn_ends, turns, txt_rows, values, workers, written, written_calls,
+    conversations, counts, csv_rows, dataset_card, datasets_rows, defects, encoding, features,
+    fields, file_kinds, folders, formats, json_rows, loss_flags, nulls, pieces, plain, questions,
+    raw_rows, readers, reasoning, refused, render, samples, source, splits, table_rows, tally,
+    templates, text, token_rows, tokenize_rows, turn_ends, turns, txt_rows, values, workers,
+    written, written_calls,
 )  # fmt: skip
 _SETTLED_S = 2.0  # a file changed more recently may change again within the clock's resolution
 

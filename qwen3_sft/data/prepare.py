@@ -7,13 +7,11 @@ and a second start finds the cache by its key.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +23,12 @@ from tqdm import tqdm
 
 from qwen3_sft.chat.encoding import Encoder
 from qwen3_sft.chat.render import detect_chat_format
-from qwen3_sft.data.cache_key import FileHashes, cache_key, describe_all, text_hash
-from qwen3_sft.data.raw_rows import raw_rows
-from qwen3_sft.data.readers import RowSource, find_sources
+from qwen3_sft.data.cache_key import cache_key
+from qwen3_sft.data.identity import cache_folder, parts_of, say_what_is_asked
+from qwen3_sft.data.raw_rows import RowsRead, raw_rows
+from qwen3_sft.data.readers import EntrySource, find_entries, find_sources
 from qwen3_sft.data.report import check_drops, make_report, report_origin, report_text
+from qwen3_sft.data.source_counts import SourceCounts
 from qwen3_sft.data.template_check import TemplateCheck, chat_template
 from qwen3_sft.data.token_store import TokenDataset, TokenWriter
 from qwen3_sft.data.tokenize_rows import (
@@ -38,16 +38,16 @@ from qwen3_sft.data.tokenize_rows import (
     TokenizeOptions,
     tokenize_chunks,
 )
-from qwen3_sft.errors import DataError, UsageError, told_as
+from qwen3_sft.errors import DataError, told_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qwen3_sft.options.data_args import DataArguments
+    from qwen3_sft.options.data_entries import DataEntry
 
 logger = logging.getLogger(__name__)
 
-_ROW_OPTIONS = ("dataset_format", "columns", "ignore_columns", "on_bad_row", "txt_rows")
 _SMALL_BYTES = 32 << 20
 _MOST_PROCESSES = 32
 
@@ -68,10 +68,10 @@ def prepare(
         RuntimeError: if a process group exists already.
     """
     _refuse_process_group()
-    sources = find_sources(args, eval=eval)
+    sources, entries = find_sources(args, eval=eval), find_entries(args, eval=eval)
     options = tokenize_options(args, tokenizer)
-    cache = _cache_folder(args)
-    parts = _parts(args, sources, options, tokenizer, cache)
+    cache = cache_folder(args)
+    parts = parts_of(args, sources, options, tokenizer, cache)
     key = cache_key(parts)
     folder = cache / key
     if not _is_whole(folder):
@@ -79,8 +79,9 @@ def prepare(
         where = f"{cache}: the token cache cannot be written (--data_cache_dir puts it elsewhere)"
         with told_as(DataError, where, OSError), _locked(cache / f"{key}.lock"):
             if not _is_whole(folder):
-                _build(folder, args, sources, options, tokenizer, _fingerprints(parts, args))
+                _build(folder, args, sources, entries, options, tokenizer)
     dataset = TokenDataset(folder)
+    say_what_is_asked(dataset.report, parts, args, [entry.repeat for entry in entries])
     check_drops(dataset.report, args.max_drop_fraction)
     logger.info("%s", report_text(dataset.report))
     return dataset
@@ -122,67 +123,6 @@ def _refuse_process_group() -> None:
         )
 
 
-def _cache_folder(args: DataArguments) -> Path:
-    folder = Path.home() / ".cache" / "qwen3_sft" / "tokens"
-    if args.data_cache_dir:
-        folder = Path(args.data_cache_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--data_cache_dir {folder}: {error.strerror}; set another one") from error
-    return folder
-
-
-def _parts(
-    args: DataArguments,
-    sources: list[RowSource],
-    options: TokenizeOptions,
-    tokenizer: PreTrainedTokenizerBase,
-    cache: Path,
-) -> dict[str, Any]:
-    """Return all that decides the tokens."""
-    return {
-        "sources": describe_all(sources, FileHashes(cache / "file_hashes.json")),
-        "max_rows": args.max_rows,
-        "rows": {name: getattr(args, name) for name in _ROW_OPTIONS},
-        "is_template_checked": args.chat_format == "auto",
-        "options": {name: getattr(options, name) for name in options.__slots__},
-        "chat_template": text_hash(chat_template(tokenizer) or ""),
-        "tokenizer": text_hash(tokenizer.backend_tokenizer.to_str()),
-        "eos_token": str(tokenizer.eos_token),
-    }
-
-
-def data_fingerprint(args: DataArguments, *, eval: bool = False) -> str:
-    """Return the hash of what `dataset` (or `eval_dataset`) holds now, as a report has it.
-
-    Raises:
-        DataError: a source cannot be found.
-    """
-    hashes = FileHashes(_cache_folder(args) / "file_hashes.json")
-    return _of_rows(describe_all(find_sources(args, eval=eval), hashes), args)
-
-
-def _of_rows(sources: list[tuple[str, str]], args: DataArguments) -> str:
-    kept = [args.max_rows, args.overlong, *(getattr(args, name) for name in _ROW_OPTIONS)]
-    return _json_hash([[identity for _, identity in sources], *kept])
-
-
-def _fingerprints(parts: dict[str, Any], args: DataArguments) -> dict[str, str]:
-    """Return hashes of `_parts` under the names that a person changes, wherever files lie."""
-    options = parts["options"]
-    shown = ("chat_format", "train_on", "thinking", "train_empty_think")
-    return {
-        "data": _of_rows(parts["sources"], args),
-        "template": _json_hash([parts["chat_template"], *(options[name] for name in shown)]),
-        "tokenizer": _json_hash([parts["tokenizer"], parts["eos_token"]]),
-    }
-
-
-def _json_hash(part: Any) -> str:
-    return text_hash(json.dumps(part, sort_keys=True))
-
-
 def _is_whole(folder: Path) -> bool:
     """Whether the cache folder is there and its files have the sizes that its report states."""
     if not folder.exists():
@@ -214,10 +154,10 @@ def _locked(path: Path) -> Iterator[None]:
 def _build(
     folder: Path,
     args: DataArguments,
-    sources: list[RowSource],
+    sources: list[EntrySource],
+    entries: list[DataEntry],
     options: TokenizeOptions,
     tokenizer: PreTrainedTokenizerBase,
-    fingerprints: dict[str, str],
 ) -> None:
     """Make the cache in a folder beside it and rename that; the lock is held."""
     started = time.perf_counter()
@@ -225,9 +165,8 @@ def _build(
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
         with TokenWriter(partial) as writer:
-            report = _tokenize(writer, args, sources, options, tokenizer)
+            report = _tokenize(writer, args, sources, entries, options, tokenizer)
             report["key"] = folder.name
-            report["fingerprints"] = fingerprints
             report["seconds"] = round(time.perf_counter() - started, 3)
             writer.finish(report)
         partial.rename(folder)
@@ -245,28 +184,32 @@ def _remove_leftovers(folder: Path) -> None:
 def _tokenize(
     writer: TokenWriter,
     args: DataArguments,
-    sources: list[RowSource],
+    sources: list[EntrySource],
+    entries: list[DataEntry],
     options: TokenizeOptions,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
     """Write the tokens of all rows; return the report."""
-    counts, formats, lengths = Counts(), Counter[str](), []
-    rows = raw_rows(sources, args, counts.warnings, formats)
+    read, lengths = RowsRead(), []
+    counts, of_sources = Counts(warnings=read.warnings), SourceCounts(entries, read)
+    rows = raw_rows(sources, args, read)
     tokenize = RowTokenizer(Encoder(tokenizer), options)
     check = TemplateCheck(options, tokenizer, is_explicit=args.chat_format != "auto")
     chunks = check(tokenize_chunks(tokenize, rows, num_proc=_num_proc(args, sources)))
     with tqdm(desc="tokenising", unit=" rows", delay=2) as progress:
         for chunk in chunks:
             lengths.append(_append(writer, chunk.samples))
+            of_sources.add(chunk.samples)
             counts.merge(chunk.counts)
             progress.update(chunk.counts.rows_in)
     return {
-        **report_origin(sources, formats, options),
+        **report_origin(sources, read.formats, options),
+        "sources": of_sources.report(counts.rows_in),
         **make_report(counts, np.concatenate([*lengths, np.empty(0, np.int64)])),
     }
 
 
-def _num_proc(args: DataArguments, sources: list[RowSource]) -> int:
+def _num_proc(args: DataArguments, sources: list[EntrySource]) -> int:
     """Return what was asked for, else as many processes as cores once their start pays off."""
     if args.num_proc is not None:
         return args.num_proc

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from itertools import chain, groupby, islice
+from typing import TYPE_CHECKING, Any, cast
 
 from qwen3_sft.data.formats import Format, detect_format, is_known, require_format
 from qwen3_sft.data.json_rows import BadRow, Row
-from qwen3_sft.data.readers import RowSource
-from qwen3_sft.data.rows.columns import NamedColumns, named_columns
+from qwen3_sft.data.readers import EntrySource
+from qwen3_sft.data.rows.columns import named_columns
 from qwen3_sft.data.rows.nulls import find_fillers
 from qwen3_sft.data.rows.source import Reading
 from qwen3_sft.data.tally import Tally
@@ -39,45 +39,59 @@ class RawRow:
     problem: str | None = None
 
 
-def raw_rows(
-    sources: list[RowSource], args: DataArguments, warnings: Tally, formats: Counter[str]
-) -> Iterator[RawRow]:
+@dataclass(slots=True)
+class RowsRead:
+    """What is learnt of the sources while their rows are read.
+
+    Attributes:
+        warnings: what readers skip, and sources that are empty.
+        formats: sources per row format.
+        first_rows: number of the first row of each entry that was begun.
+    """
+
+    warnings: Tally = field(default_factory=Tally)
+    formats: Counter[str] = field(default_factory=Counter)
+    first_rows: list[int] = field(default_factory=list)
+
+
+def raw_rows(sources: list[EntrySource], args: DataArguments, read: RowsRead) -> Iterator[RawRow]:
     """Read rows and recognise their format, one format per source.
 
     Args:
-        sources: read in order.
-        args: `max_rows` over all sources, the `dataset_format` where several would fit, what
-            columns are called or ignored, and what becomes of a bad row.
-        warnings: receives what readers skip and sources that are empty.
-        formats: receives one count per source and format.
+        sources: read in order, each by what its entry says.
+        args: `max_rows` over all sources, columns that are ignored, and what becomes of a bad row.
+        read: receives what is learnt on the way.
 
     Raises:
         DataError: for a row of an unknown format, or of another than its file's first, unless bad
             rows are dropped.
     """
-    naming = named_columns(args.columns)
-    rows = chain.from_iterable(_rows_of(s, args, naming, warnings, formats) for s in sources)
-    for number, fields in enumerate(islice(rows, args.max_rows)):
-        yield RawRow(number, *fields)
+    number = 0
+    for _, of_entry in groupby(sources, key=lambda source: source.number):
+        group = list(of_entry)
+        if args.max_rows is not None and number >= args.max_rows:
+            return
+        read.first_rows.append(number)
+        rows = chain.from_iterable(_rows_of(source, args, read) for source in group)
+        room = None if args.max_rows is None else args.max_rows - number
+        limits = [limit for limit in (group[0].entry.max_rows, room) if limit is not None]
+        for fields in islice(rows, min(limits, default=None)):
+            yield RawRow(number, *fields)
+            number += 1
 
 
 _Fields = tuple[str, dict[str, Any], Format, Reading, str | None]
 
 
-def _rows_of(
-    source: RowSource,
-    args: DataArguments,
-    naming: NamedColumns,
-    warnings: Tally,
-    formats: Counter[str],
-) -> Iterator[_Fields]:
-    wanted = None if args.dataset_format == "auto" else args.dataset_format
+def _rows_of(source: EntrySource, args: DataArguments, read: RowsRead) -> Iterator[_Fields]:
+    entry, naming = source.entry, named_columns(source.entry.columns or ())
+    wanted = cast("Format | None", None if entry.format == "auto" else entry.format)
     source_format: Format | None = None
-    rows = iter(source.rows(warnings))
+    rows = iter(source.reader.rows(read.warnings))
     first, failure = _first_rows(rows)
-    read = [(row, location) for location, row in first if not isinstance(row, BadRow)]
-    naming.check_found([row for row, _ in read], source.name)
-    contents = [naming(row, location) for row, location in read]
+    good = [(row, location) for location, row in first if not isinstance(row, BadRow)]
+    naming.check_found([row for row, _ in good], source.name)
+    contents = [naming(row, location) for row, location in good]
     reading = Reading(frozenset(args.ignore_columns), wanted is not None, find_fillers(contents))
     for location, row in chain(first, _raising(failure), rows):
         try:
@@ -93,10 +107,10 @@ def _rows_of(
             continue
         if source_format is None:
             source_format = fmt
-            formats[fmt] += 1
+            read.formats[fmt] += 1
         yield location, content, fmt, reading, None
     if not first:
-        warnings.add("source without rows", source.name)
+        read.warnings.add("source without rows", source.name)
 
 
 def _first_rows(rows: Iterator[Row]) -> tuple[list[Row], DataError | None]:

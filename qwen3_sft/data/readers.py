@@ -8,20 +8,21 @@ tables and hub data.
 from __future__ import annotations
 
 import difflib
-import functools
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from qwen3_sft.data.files.compressed import kind_of
+from qwen3_sft.data.files.datasets_rows import HubSource, SavedSource
 from qwen3_sft.data.files.file_kinds import KINDS, FileOptions, file_rows, is_data_file
 from qwen3_sft.data.files.folders import folder_files, saved_split
 from qwen3_sft.data.json_rows import Row
 from qwen3_sft.data.tally import Tally
-from qwen3_sft.errors import DataError, said, told_as
+from qwen3_sft.errors import DataError, told_as
+from qwen3_sft.options.data_entries import DataEntry, read_entries
 
 if TYPE_CHECKING:
     from qwen3_sft.options.data_args import DataArguments
@@ -47,19 +48,64 @@ class RowSource(Protocol):
         ...
 
 
-def find_sources(args: DataArguments, *, eval: bool = False) -> list[RowSource]:
+@dataclass(frozen=True)
+class EntrySource:
+    """A source, and the entry of a mixture that it belongs to.
+
+    Attributes:
+        reader: of its rows.
+        entry: with the format and the columns that count for it.
+        number: of the entry, from 0.
+    """
+
+    reader: RowSource
+    entry: DataEntry
+    number: int
+
+    @property
+    def name(self) -> str:
+        """What the report calls it."""
+        return self.reader.name
+
+
+def find_entries(args: DataArguments, *, eval: bool = False) -> list[DataEntry]:
+    """Return the entries of `dataset` (or `eval_dataset`), with what counts for each.
+
+    Raises:
+        UsageError: an entry says what cannot be.
+    """
+    option, texts = ("eval_dataset", args.eval_dataset) if eval else ("dataset", args.dataset)
+    return [
+        replace(
+            entry,
+            name=entry.name or args.dataset_config,
+            format=entry.format or args.dataset_format,
+            columns=tuple(args.columns) if entry.columns is None else entry.columns,
+        )
+        for entry in read_entries(texts, f"--{option}")
+    ]
+
+
+def find_sources(args: DataArguments, *, eval: bool = False) -> list[EntrySource]:
     """Resolve `dataset` (or `eval_dataset`) to readable sources, folders to their files.
 
-    A hub id or a folder may name its split after a colon (`org/name:test`). Otherwise
-    `dataset_split` decides for `dataset`; of `eval_dataset` folders give validation, else test.
+    A hub id or a folder may name its split after a colon (`org/name:test`). Otherwise its entry's
+    `split`, else `dataset_split` decides for `dataset`; of `eval_dataset` folders give validation,
+    else test.
 
     Raises:
         DataError: if nothing is given, or a path does not exist or holds no data.
+        UsageError: as `find_entries`.
     """
-    option, names = ("eval_dataset", args.eval_dataset) if eval else ("dataset", args.dataset)
-    if not names:
+    entries = find_entries(args, eval=eval)
+    if not entries:
+        option = "eval_dataset" if eval else "dataset"
         raise DataError(f"no data: set --{option} to files, folders or hub ids")
-    return [source for name in names for source in _find(name, args, eval=eval)]
+    return [
+        EntrySource(reader, entry, number)
+        for number, entry in enumerate(entries)
+        for reader in _find(entry, args, eval=eval)
+    ]
 
 
 def check_sources(args: DataArguments) -> None:
@@ -73,17 +119,18 @@ def check_sources(args: DataArguments) -> None:
         find_sources(args, eval=True)
 
 
-def _find(name: str, args: DataArguments, *, eval: bool) -> list[RowSource]:
-    path = Path(name)
+def _find(entry: DataEntry, args: DataArguments, *, eval: bool) -> list[RowSource]:
+    name, path = entry.path, Path(entry.path)
     options = FileOptions(args.on_bad_row == "drop", args.txt_rows)
-    asked = None if eval else args.dataset_split
+    asked = entry.split or (None if eval else args.dataset_split)
     if path.is_file():
+        _refuse_parts_of_file(entry, args)
         return [_FileSource(path, options)]
     if path.is_dir():
-        return _folder_sources(path, asked, args.dataset_config, options)
+        return _folder_sources(path, asked, entry.name, options)
     base, colon, split = name.rpartition(":")
     if colon and Path(base).is_dir():
-        return _folder_sources(Path(base), split, args.dataset_config, options)
+        return _folder_sources(Path(base), split, entry.name, options)
     if path.is_symlink() or path.exists():
         raise DataError(f"{name}: neither a file nor a folder, but a pipe, device or broken link")
     hub_id, split = (base, split) if colon else (name, asked)
@@ -94,7 +141,23 @@ def _find(name: str, args: DataArguments, *, eval: bool) -> list[RowSource]:
             f"{name}: which split of this hub dataset? Name it behind a colon: "
             f"--eval_dataset {name}:validation"
         )
-    return [_HubSource(hub_id, split, args.dataset_config, args.dataset_revision, args.streaming)]
+    return [
+        HubSource(
+            hub_id,
+            split,
+            entry.name,
+            args.dataset_revision,
+            args.streaming,
+            _suggestion(Path(hub_id)),
+        )
+    ]
+
+
+def _refuse_parts_of_file(entry: DataEntry, args: DataArguments) -> None:
+    """Refuse to ignore what an entry says of a file that has neither splits nor configurations."""
+    for key, value in (("split", entry.split), ("name", entry.name)):
+        if value is not None and value != args.dataset_config:
+            raise DataError(f"{entry.path}: a file has no {key} {value!r}; leave {key} out")
 
 
 def _looks_like_hub_id(name: str) -> bool:
@@ -117,12 +180,18 @@ def _folder_sources(
     folder: Path, asked: str | None, config: str | None, options: FileOptions
 ) -> list[RowSource]:
     """Return the sources of a split; None asks for what there is to evaluate on."""
+    is_saved = any((folder / f"{kind}.json").is_file() for kind in ("dataset_dict", "state"))
+    if is_saved and config is not None:
+        raise DataError(
+            f"{folder}: a saved dataset has no configuration {config!r}; leave the entry's name, "
+            "or --dataset_config, out"
+        )
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(entry.parent.name for entry in folder.glob("*/state.json"))
-        return [_SavedSource(folder / saved_split(folder, splits, asked))]
+        return [SavedSource(folder / saved_split(folder, splits, asked))]
     if (folder / "state.json").is_file():
         _check_saved_split(folder, asked)
-        return [_SavedSource(folder)]
+        return [SavedSource(folder)]
     files = folder_files(folder, asked, config, _is_data, kinds=", ".join(KINDS))
     return [_FileSource(path, options) for path in files]
 
@@ -158,96 +227,3 @@ class _FileSource:
     def identity(self, digest: Digest) -> str:
         with told_as(DataError, self.path, OSError):
             return f"{''.join(self.path.suffixes[-2:])} {digest(self.path)}"
-
-
-@dataclass(frozen=True)
-class _SavedSource:
-    """A folder written by `datasets.Dataset.save_to_disk`."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
-    def rows(self, tally: Tally) -> Iterator[Row]:
-        from datasets import load_from_disk
-        from pyarrow import ArrowException
-
-        where = f"{self.path}: cannot read this saved dataset"
-        # What its JSON files hold is checked nowhere.
-        damage = (OSError, ArrowException, ValueError, TypeError, LookupError, AttributeError)
-        with told_as(DataError, where, *damage):
-            dataset = load_from_disk(str(self.path)).with_format(None)
-        yield from _numbered(self.name, dataset)
-
-    def identity(self, digest: Digest) -> str:
-        return " ".join(digest(path) for path in sorted(self.path.glob("*")) if path.is_file())
-
-
-@dataclass(frozen=True)
-class _HubSource:
-    hub_id: str
-    split: str
-    config: str | None
-    revision: str | None
-    streaming: bool
-
-    @property
-    def name(self) -> str:
-        return f"{self.hub_id}:{self.split}"
-
-    @functools.cached_property
-    def dataset(self) -> Any:
-        """The dataset as `datasets` loads it; a dataset script is refused there."""
-        from datasets import load_dataset
-
-        try:
-            return load_dataset(
-                self.hub_id,
-                self.config,
-                split=self.split,
-                revision=self.revision,
-                streaming=self.streaming,
-            )
-        except (OSError, ValueError, RuntimeError, *_errors_of_datasets()) as error:
-            raise DataError(
-                f"{self.name}: neither a file or folder here nor a dataset that loads from the "
-                f"hub: {said(error)}{_suggestion(Path(self.hub_id))}"
-            ) from error
-
-    def rows(self, tally: Tally) -> Iterator[Row]:
-        return _numbered(self.name, self.dataset)
-
-    def identity(self, digest: Digest) -> str:
-        if not self.streaming:
-            return str(self.dataset._fingerprint)
-        from huggingface_hub import HfApi
-
-        try:
-            info = HfApi().dataset_info(self.hub_id, revision=self.revision)
-        except OSError as error:
-            raise DataError(f"{self.name}: the hub does not answer: {said(error)}") from error
-        return f"{info.sha} {self.config}"
-
-
-def _numbered(name: str, rows: Any) -> Iterator[Row]:
-    """Yield the rows of a dataset; its files are read, and fetched, as it goes on."""
-    number = 0
-    iterator = iter(rows)
-    while True:
-        number += 1
-        where = f"{name}:row {number}"
-        with told_as(DataError, where, OSError, ValueError, *_errors_of_datasets()):
-            row = next(iterator, None)
-        if row is None:
-            return
-        yield where, row
-
-
-def _errors_of_datasets() -> tuple[type[Exception], ...]:
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError  # of the httpx that it uses
-    from pyarrow import ArrowException
-
-    return DatasetsError, ArrowException, HTTPError

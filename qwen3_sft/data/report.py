@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from qwen3_sft.chat.turn_ends import in_order
-from qwen3_sft.data.readers import RowSource
+from qwen3_sft.data.readers import EntrySource
 from qwen3_sft.data.rows.defects import ASKED_FOR, BAD_ROW
+from qwen3_sft.data.source_counts import source_lines
 from qwen3_sft.data.tokenize_rows import Counts, TokenizeOptions
 from qwen3_sft.errors import DataError
 
@@ -24,7 +25,7 @@ _NONE = {"count": 0}
 
 
 def report_origin(
-    sources: Iterable[RowSource], formats: Mapping[str, int], options: TokenizeOptions
+    sources: Iterable[EntrySource], formats: Mapping[str, int], options: TokenizeOptions
 ) -> dict[str, Any]:
     """Return the part of `data_report.json` that says what was read and how.
 
@@ -168,6 +169,7 @@ def report_text(report: dict[str, Any]) -> str:
         f"data      {files[0]}{more} ({formats}), chat format {report['chat_format']}",
         _equation("rows", report, ["used"]),
         *_entries(report["rows_dropped"]),
+        *source_lines(report),
         *_splits(report),
         _equation("samples", report, ["used"]),
         *_entries(report["samples_dropped"]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -31,9 +32,13 @@ class TokenDataset:
         lengths: tokens of each sample, (s,) int64.
     """
 
-    def __init__(self, folder: Path, indices: np.ndarray | None = None) -> None:
+    def __init__(
+        self, folder: Path, indices: np.ndarray | None = None, report: dict[str, Any] | None = None
+    ) -> None:
         self.folder = folder
-        self.report: dict[str, Any] = json.loads((folder / "report.json").read_text("utf-8"))
+        if report is None:
+            report = json.loads((folder / "report.json").read_text("utf-8"))
+        self.report: dict[str, Any] = report
         arrays = {name: _open(folder / f"{name}.npy") for name in _DTYPES}
         self._ids, self._trained = arrays["ids"], arrays["trained"]
         self._indices = indices
@@ -81,7 +86,34 @@ class TokenDataset:
 
     def _view(self, indices: np.ndarray) -> TokenDataset:
         chosen = indices if self._indices is None else self._indices[indices]
-        return TokenDataset(self.folder, chosen)
+        return TokenDataset(self.folder, chosen, self.report)
+
+    @property
+    def source_of(self) -> np.ndarray:
+        """The entry of the mixture that each sample comes from, (s,) int64."""
+        return entry_of(self._rows, [source["first_row"] for source in self.report["sources"]])
+
+    def by_source(self) -> dict[str, TokenDataset]:
+        """Return a view of each source that has samples, by its name."""
+        source_of = self.source_of
+        views = {
+            source["source"]: self._view(np.flatnonzero(source_of == number))
+            for number, source in enumerate(self.report["sources"])
+        }
+        return {name: view for name, view in views.items() if len(view)}
+
+
+def entry_of(rows: np.ndarray, first_rows: Sequence[int]) -> np.ndarray:
+    """Return the entry that each row belongs to.
+
+    Args:
+        rows: (s,) int64, numbers over all entries.
+        first_rows: of the entries, ascending; equal where an entry is empty.
+
+    Returns:
+        (s,) int64.
+    """
+    return np.searchsorted(first_rows, rows, side="right") - 1
 
 
 def _open(path: Path) -> np.ndarray:

@@ -14,6 +14,7 @@ from qwen3_sft.demo import conversations
 from qwen3_sft.demo.model import train_tokenizer, write_checkpoint
 from qwen3_sft.errors import UsageError
 from qwen3_sft.options.data_args import DataArguments
+from qwen3_sft.options.data_entries import read_entries, with_paths
 
 NAME = "demo"
 VOCAB_SIZE = 4096
@@ -61,8 +62,11 @@ def resolve_demo(
         data: its `dataset` may contain `demo`.
         folder: where to build it; by default ~/.cache/qwen3_sft/demo.
     """
-    if NAME not in (model, *data.dataset):
+    entries = read_entries(data.dataset, "--dataset")
+    if NAME not in (model, *(entry.path for entry in entries)):
         return model, data
     demo_model, demo_data = build_demo(folder or Path.home() / ".cache" / "qwen3_sft" / "demo")
-    sources = [str(demo_data) if name == NAME else name for name in data.dataset]
+    sources = with_paths(
+        data.dataset, "--dataset", lambda path: str(demo_data) if path == NAME else path
+    )
     return str(demo_model) if model == NAME else model, dataclasses.replace(data, dataset=sources)

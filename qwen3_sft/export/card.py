@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from qwen3_sft.options.data_entries import read_entries
 from qwen3_sft.options.recipe import Options
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -32,7 +33,8 @@ def model_card(options: Options, versions: dict[str, str]) -> str:
         versions: of packages, by name.
     """
     base = _hub_ids([options.model.model_name_or_path])
-    data = _hub_ids([name.partition(":")[0] for name in options.data.dataset])
+    entries = read_entries(options.data.dataset, "--dataset")
+    data = _hub_ids([entry.path.partition(":")[0] for entry in entries])
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["qwen3-sft", "sft"]}
     if base:
         head["base_model"] = base[0]

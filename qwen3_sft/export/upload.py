@@ -13,8 +13,8 @@ from typing import Any
 
 from qwen3_sft.errors import UploadError, UsageError
 from qwen3_sft.options.combinations import hub_name
-from qwen3_sft.options.secret_options import MASK
 from qwen3_sft.options.train_args import TrainArguments
+from qwen3_sft.records.secret_options import MASK
 
 logger = logging.getLogger(__name__)
 

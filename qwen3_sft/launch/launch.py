@@ -29,8 +29,8 @@ from qwen3_sft.launch.port import port_flags
 from qwen3_sft.launch.quiet_agent import quiet
 from qwen3_sft.logs import set_up_logging
 from qwen3_sft.options.command_line import read_options
-from qwen3_sft.options.secret_options import masked
 from qwen3_sft.options.variables import check_launcher_variables, is_dry_run
+from qwen3_sft.records.secret_options import masked
 
 logger = logging.getLogger(__name__)
 

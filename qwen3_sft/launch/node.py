@@ -31,8 +31,8 @@ from qwen3_sft.launch.port import require_free
 from qwen3_sft.launch.quiet_agent import quiet
 from qwen3_sft.options.command_line import read_options
 from qwen3_sft.options.help_text import help_for
-from qwen3_sft.options.secret_options import masked
 from qwen3_sft.options.variables import is_dry_run, named_launch_file
+from qwen3_sft.records.secret_options import masked
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from qwen3_sft.options.secret_options import is_secret
+from qwen3_sft.records.secret_options import is_secret
 
 Meaning = Literal[
     "data", "schedule", "length", "update", "fixed", "computed", "result", "free"

@@ -12,7 +12,11 @@ class DataArguments:
 
     dataset: list[str] = field(
         default_factory=list,
-        metadata={"help": "files, folders or hub ids; `demo` is the built-in data"},
+        metadata={
+            "help": "files, folders or hub ids; `demo` is the built-in data; PATH@2 passes over it "
+            "twice an epoch; in a recipe also mappings of path, name, split, format, columns, "
+            "repeat, max_rows"
+        },
     )
     dataset_format: Literal[
         "auto",

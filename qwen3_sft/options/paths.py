@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_sft.errors import UsageError
+from qwen3_sft.options import data_entries
 
 # Options that name a file or a folder, or a list of them; hub ids and words are left as they are.
 PATH_OPTIONS = (
@@ -47,8 +48,8 @@ def with_expanded_paths(name: str, value: Any) -> Any:
     """
     if name not in PATH_OPTIONS or value is None:
         return value
-    if isinstance(value, list):
-        return [expanded(entry, f"--{name}") for entry in value]
+    if name in data_entries.OPTIONS:
+        return data_entries.with_paths(value, f"--{name}", lambda path: expanded(path, f"--{name}"))
     return expanded(value, f"--{name}")
 
 

@@ -12,8 +12,8 @@ from qwen3_sft.options.command_line import Given, default_values, read_options
 from qwen3_sft.options.data_args import DataArguments
 from qwen3_sft.options.draft import TrainDraft
 from qwen3_sft.options.model_args import ModelArguments
-from qwen3_sft.options.secret_options import is_secret
 from qwen3_sft.options.train_args import TrainArguments
+from qwen3_sft.records.secret_options import is_secret
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from qwen3_sft.errors import UsageError
+from qwen3_sft.options import data_entries
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,18 @@ def _text(path: Path) -> str:
         raise UsageError(f"--config {path}: not UTF-8 ({error}); save it as UTF-8") from error
 
 
+def _word(node: yaml.Node, value: Any, name: str, where: str) -> str:
+    """Return an entry of a list, one of a mixture of data as JSON if it is a mapping."""
+    if isinstance(node, yaml.MappingNode) and name in data_entries.OPTIONS:
+        try:
+            return json.dumps(value)
+        except TypeError as error:
+            raise UsageError(f"{where}: {name}: {error}") from error
+    if not isinstance(node, yaml.ScalarNode) or value is None:
+        raise UsageError(f"{where}: {name}: every entry of the list must be a word")
+    return str(node.value)
+
+
 def _entry(
     path: Path, key: yaml.Node, node: yaml.Node, loader: _UniqueKeys, texts: Collection[str]
 ) -> Entry:
@@ -107,10 +120,9 @@ def _entry(
         except TypeError as error:
             raise UsageError(f"{where}: {name}: {error}") from error
     if isinstance(node, yaml.SequenceNode):
-        parts = [part if isinstance(part, yaml.ScalarNode) else None for part in node.value]
-        if None in parts or any(entry is None for entry in value):
-            raise UsageError(f"{where}: {name}: every entry of the list must be a word")
-        return Entry(name, where, [str(part.value) for part in parts if part is not None])
+        return Entry(
+            name, where, [_word(*both, name, where) for both in zip(node.value, value, strict=True)]
+        )
     if value is None:
         return Entry(name, where, None)
     return Entry(name, where, str(node.value) if name in texts else str(value))

@@ -16,6 +16,8 @@ from typing import Protocol
 import numpy as np
 import torch.utils.data
 
+from qwen3_sft.packing.passes import Passes
+
 Document = tuple[np.ndarray, np.ndarray]  # input ids (n,) int32, trained (n,) bool
 
 
@@ -120,8 +122,9 @@ class _FreeSpaces:
 class PackedDataset(torch.utils.data.Dataset):
     """Rows of documents for one epoch; row r is a list of (input ids, trained).
 
-    Every document is in exactly one row. Empty rows at the end make the number of rows a multiple
-    of `rows_multiple_of`, so that no sampler repeats or leaves out a row to share them evenly.
+    Every document is in exactly one row, unless `passes` says otherwise. Empty rows at the end make
+    the number of rows a multiple of `rows_multiple_of`, so that no sampler repeats or leaves out a
+    row to share them evenly.
     """
 
     def __init__(
@@ -132,13 +135,28 @@ class PackedDataset(torch.utils.data.Dataset):
         packing: bool = True,
         seed: int = 0,
         rows_multiple_of: int = 1,
+        passes: Passes | None = None,
     ) -> None:
+        """Pack for every epoch.
+
+        Args:
+            tokens: the documents.
+            max_length: tokens of a row.
+            packing: several documents in one row.
+            seed: decides, with the epoch, the order of rows and documents.
+            rows_multiple_of: of the number of rows.
+            passes: how often an epoch takes each document; by default once.
+
+        Raises:
+            ValueError: `rows_multiple_of` is below 1, or a document does not fit into a row.
+        """
         if rows_multiple_of < 1:
             raise ValueError(f"rows_multiple_of is {rows_multiple_of}; it must be at least 1")
         self.tokens = tokens
         self.max_length = max_length
         self.seed = seed
-        lengths = tokens.lengths
+        self._passes = passes
+        self._room = lengths = tokens.lengths if passes is None else passes.lengths
         if packing:
             bins, self.num_filled_rows = pack(lengths, max_length)
         else:
@@ -152,12 +170,14 @@ class PackedDataset(torch.utils.data.Dataset):
         """Draw the order of rows and documents from (seed, epoch); lengths per row stay."""
         self.epoch = epoch
         rng = np.random.default_rng((self.seed, epoch))
-        lengths = self.tokens.lengths
+        lengths = self._room
         shuffled = rng.permutation(len(lengths))
         longest_first = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
         row_of_slot = rng.permutation(self.num_filled_rows)[self._bin_of_slot]
         by_row = np.lexsort((rng.random(len(lengths)), row_of_slot))
         self._documents = longest_first[by_row]
+        if self._passes is not None:
+            self._documents = self._passes.documents(epoch)[self._documents]
         counts = np.bincount(row_of_slot, minlength=self._num_rows)
         self._row_starts = np.concatenate([[0], np.cumsum(counts)])
 
@@ -165,7 +185,7 @@ class PackedDataset(torch.utils.data.Dataset):
     def fill(self) -> float:
         """Share of all rows' positions that hold a token of a document, empty rows included."""
         positions = self._num_rows * self.max_length
-        return float(self.tokens.lengths.sum() / positions) if positions else 0.0
+        return float(self.tokens.lengths[self._documents].sum() / positions) if positions else 0.0
 
     def documents_of(self, row: int) -> np.ndarray:
         """Return the indices of the documents in `row`, in their order."""

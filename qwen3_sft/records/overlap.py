@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3_sft.errors import UsageError
+from qwen3_sft.options import data_entries
 from qwen3_sft.records.ownership import OVERWRITTEN, REPLACED, is_run
 
 if TYPE_CHECKING:
@@ -53,10 +54,12 @@ def _read_by(options: Options) -> Iterator[tuple[str, Path]]:
     data = options.data
     named = [
         ("--model_name_or_path", options.model.model_name_or_path),
-        *(("--dataset", name) for name in data.dataset),
-        *(("--dataset", name.rpartition(":")[0]) for name in data.dataset),  # with a split
-        *(("--eval_dataset", name) for name in data.eval_dataset),
-        *(("--eval_dataset", name.rpartition(":")[0]) for name in data.eval_dataset),
+        *(
+            (f"--{option}", name)
+            for option in data_entries.OPTIONS
+            for entry in data_entries.read_entries(getattr(data, option), f"--{option}")
+            for name in (entry.path, entry.path.rpartition(":")[0])  # with a split
+        ),
         ("--data_cache_dir", data.data_cache_dir or ""),
         ("--config", options.recipe or ""),
         ("--resume", options.train.resume),

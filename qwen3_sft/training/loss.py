@@ -3,7 +3,7 @@
 It is the sum of cross entropy over labelled tokens divided by their number over all ranks, in
 training of the whole step with its accumulation; no micro-batch waits for the device.
 
-Remove when transformers evaluates by the loss per label: loss_sums and SftTrainer.evaluate
+Remove when transformers evaluates by the loss per label: eval_losses and SftTrainer.evaluate
 """
 
 from __future__ import annotations
@@ -68,6 +68,38 @@ class StepLoss:
         loss = outputs.loss * scale
         self.total += loss.detach()
         return loss, outputs, flops
+
+
+def eval_losses(trainer: Any, datasets: Any, prefix: str) -> dict[str, float]:
+    """Evaluate, and return the loss per label and the labels: of all, and of each of several.
+
+    Args:
+        trainer: with its own `eval_dataset`, rows by the name of their source.
+        datasets: in place of that, or None.
+        prefix: of the metrics: `eval_loss`, `eval_math_loss`.
+    """
+    chosen = trainer.eval_dataset if datasets is None else datasets
+    parts = chosen if isinstance(chosen, dict) else {"": chosen}
+    batches = {name: trainer.get_eval_dataloader(rows) for name, rows in parts.items()}
+    sums = torch.stack([loss_sums(trainer, batches[name]) for name in parts])
+    of_parts = dict(zip(parts, sum_over_ranks(sums).tolist(), strict=True))
+    loss_sum, num_labels = (sum(column) for column in zip(*of_parts.values(), strict=True))
+    metrics = _per_label(prefix, loss_sum, num_labels)
+    for name, part in of_parts.items() if len(of_parts) > 1 else ():
+        metrics |= _per_label(f"{prefix}_{name}", *part)
+    return metrics
+
+
+def _per_label(prefix: str, loss_sum: float, num_labels: float) -> dict[str, float]:
+    return {f"{prefix}_loss": loss_sum / max(num_labels, 1), f"{prefix}_label_tokens": num_labels}
+
+
+def losses_in_words(metrics: dict[str, float]) -> str:
+    """Return `eval loss 1.2345, eval_math loss 1.3` of what `eval_losses` found."""
+    losses = {
+        name.removesuffix("_loss"): v for name, v in metrics.items() if name.endswith("_loss")
+    }
+    return ", ".join(f"{name} loss {value:.4f}" for name, value in losses.items())
 
 
 def loss_sums(trainer: Any, batches: Iterable[dict[str, Any]]) -> Tensor:

@@ -20,6 +20,7 @@ def write_summary(trainer: SftTrainer, folder: RunFolder, options: dict[str, Any
     # None where early stopping came before the first record.
     state = trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry] or [None]
+    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     summary = {
         "finished": True,
         "steps": state.global_step,
@@ -27,6 +28,7 @@ def write_summary(trainer: SftTrainer, folder: RunFolder, options: dict[str, Any
         "first_loss": losses[0],
         "loss": losses[-1],
         "best_metric": state.best_metric,
+        "evaluation": evaluations[-1] if evaluations else None,
         "skipped_steps": trainer.metrics.totals.skipped_steps,
         "tokens_seen": trainer.metrics.totals.tokens_seen,
         "model": str(folder.model),

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from qwen3_sft.optimizers.in_backward import BackwardOptimizer
 from qwen3_sft.training.bad_steps import BadSteps
 from qwen3_sft.training.callbacks import RecordSteps
 from qwen3_sft.training.interruption import Interruption, let_workers_outlive_signals
-from qwen3_sft.training.loss import StepLoss, loss_sums
+from qwen3_sft.training.loss import StepLoss, eval_losses, losses_in_words
 from qwen3_sft.training.memory_guard import MemoryGuard
 from qwen3_sft.training.metrics import Metrics
 
@@ -208,11 +208,8 @@ class SftTrainer(Trainer):
         """Return the exact loss per label; upstream's mean of means weighs tokens unequally."""
         prefix, step = metric_key_prefix, self.state.global_step
         with self.memory_guard.naming("evaluation"), self.metrics.window.pause():
-            batches = self.get_eval_dataloader(cast("Dataset | None", eval_dataset))
-            loss_sum, num_labels = sum_over_ranks(loss_sums(self, batches)).tolist()
-            loss = loss_sum / max(num_labels, 1)
-            metrics = {f"{prefix}_loss": loss, f"{prefix}_label_tokens": num_labels}
-            logger.info("step %d  %s loss %.4f", step, prefix, loss)
+            metrics = eval_losses(self, eval_dataset, prefix)
+            logger.info("step %d  %s", step, losses_in_words(metrics))
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(
                 self.args, self.state, self.control, metrics

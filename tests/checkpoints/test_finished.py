@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qwen3_sft.checkpoints.finished import is_asked_for
-from qwen3_sft.data.prepare import data_fingerprint
+from qwen3_sft.data.identity import data_fingerprint
 from qwen3_sft.errors import UsageError
 from qwen3_sft.options.changes import comparable
 from qwen3_sft.options.recipe import parse_options

@@ -6,14 +6,12 @@ import bz2
 import gzip
 import json
 import lzma
-from collections import Counter
 
 import pyarrow as pa
 import pytest
 
-from qwen3_sft.data.raw_rows import raw_rows
+from qwen3_sft.data.raw_rows import RowsRead, raw_rows
 from qwen3_sft.data.readers import find_sources
-from qwen3_sft.data.tally import Tally
 from qwen3_sft.errors import DataError
 from qwen3_sft.options.data_args import DataArguments
 
@@ -29,7 +27,7 @@ def read(tmp_path, monkeypatch):
     def rows(name, content, **options):
         (tmp_path / name).write_bytes(content)
         args = DataArguments(dataset=[name], **options)
-        found = raw_rows(find_sources(args), args, Tally(), Counter())
+        found = raw_rows(find_sources(args), args, RowsRead())
         return [(row.location, row.content) for row in found]
 
     return rows

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import Counter
 
 import datasets
 import pyarrow as pa
@@ -11,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from qwen3_sft.data import json_rows
-from qwen3_sft.data.raw_rows import raw_rows
-from qwen3_sft.data.readers import _HubSource, find_sources
+from qwen3_sft.data.files.datasets_rows import HubSource
+from qwen3_sft.data.raw_rows import RowsRead, raw_rows
+from qwen3_sft.data.readers import find_sources
 from qwen3_sft.data.tally import Tally
 from qwen3_sft.errors import DataError
 from qwen3_sft.options.data_args import DataArguments
@@ -105,7 +105,7 @@ def test_max_rows_counts_over_all_files(folder):
     for name in ("a.jsonl", "b.jsonl"):
         (folder / name).write_text('{"text": "x"}\n{"text": "y"}\n')
     args = DataArguments(dataset=["a.jsonl", "b.jsonl"], max_rows=3)
-    rows = list(raw_rows(find_sources(args), args, Tally(), Counter()))
+    rows = list(raw_rows(find_sources(args), args, RowsRead()))
     assert [row.location for row in rows] == ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1"]
     assert [row.number for row in rows] == [0, 1, 2]
 
@@ -127,7 +127,7 @@ def test_hub_source_loads_with_datasets(folder, streaming):
     # `datasets` loads a folder as it loads a hub repository, which needs a network.
     (folder / "repo").mkdir()
     pq.write_table(pa.Table.from_pylist(ROWS), "repo/train.parquet")
-    source = _HubSource(str(folder / "repo"), "train", None, None, streaming)
+    source = HubSource(str(folder / "repo"), "train", None, None, streaming, "")
     assert [row for _, row in source.rows(Tally())] == ROWS
     assert next(source.rows(Tally()))[0].endswith("repo:train:row 1")
     if not streaming:
@@ -136,7 +136,7 @@ def test_hub_source_loads_with_datasets(folder, streaming):
 
 def test_hub_names_and_splits(monkeypatch, folder):
     args = DataArguments(dataset=["org/name:test", "org/name"], dataset_revision="abc")
-    named, default = find_sources(args)
+    named, default = (source.reader for source in find_sources(args))
     assert (named.hub_id, named.split, named.revision) == ("org/name", "test", "abc")
     assert default.split == "train"
 
@@ -144,7 +144,7 @@ def test_hub_names_and_splits(monkeypatch, folder):
 def test_dataset_scripts_are_refused(folder):
     (folder / "scripted").mkdir()
     (folder / "scripted/scripted.py").write_text("raise SystemExit('this code ran')")
-    source = _HubSource(str(folder / "scripted"), "train", None, None, False)
+    source = HubSource(str(folder / "scripted"), "train", None, None, False, "")
     with pytest.raises(DataError, match="scripted"):
         source.rows(Tally())
 

@@ -23,7 +23,7 @@ from qwen3_sft.model.loading import load_strict, load_tokenizer, resolve_model
 from qwen3_sft.model.meta_model import meta_model
 from qwen3_sft.options.data_args import DataArguments
 from qwen3_sft.options.recipe import parse_options
-from qwen3_sft.options.secret_options import MASK, is_secret, masked
+from qwen3_sft.records.secret_options import MASK, is_secret, masked
 from qwen3_sft.run import run_command
 from tests.support.data_rows import read_rows, sums
 from tests.support.faults import outcome

@@ -37,6 +37,7 @@ CASES = {
     "cosine_and_clip": (SCHEDULE, 4, True),
     "bf16_autocast": ({"bf16": True}, 4, True),
     "bf16_weights": ({}, 4, True),
+    "mixture": ({"repeats": (1.5, 0.4)}, 0.75, True),
     "adafactor": ({"optim": "adafactor"}, 4, True),
 }
 

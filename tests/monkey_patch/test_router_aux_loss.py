@@ -268,7 +268,7 @@ def test_refusals(model, packed):
     model.config.output_router_logits = False
     gate = model.model.layers[2].mlp.gate
     gate.__class__ = type("SigmoidTopKRouter", (type(gate),), {})
-    with pytest.raises(PatchError, match=r"layers.2.mlp.gate is a SigmoidTopKRouter, which.*it knows"):
+    with pytest.raises(PatchError, match=r"2.mlp.gate is a SigmoidTopKRouter, which.*it knows"):
         apply_patches(model, ["router_aux_loss"])
 
 

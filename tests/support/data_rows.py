@@ -37,7 +37,7 @@ def parse(row: dict, **options: Any) -> tuple[Any, Counter[str]]:
 def read_rows(args: DataArguments, tally: Tally | None = None) -> list[tuple[str, dict]]:
     """Return (location, row) of all sources of `dataset`."""
     counted = Tally() if tally is None else tally
-    return [row for source in find_sources(args) for row in source.rows(counted)]
+    return [row for source in find_sources(args) for row in source.reader.rows(counted)]
 
 
 def trained_texts(sample: Rendered) -> list[str]:

@@ -17,6 +17,7 @@ from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.model.activation_checkpointing import enable_checkpointing
 from qwen3_sft.options.train_args import TrainArguments
 from qwen3_sft.packing.collator import PackedCollator
+from qwen3_sft.packing.passes import Passes
 from qwen3_sft.packing.rows import PackedDataset
 from qwen3_sft.records.step_lines import StepLines
 from qwen3_sft.training.callbacks import EpochCallback
@@ -51,14 +52,18 @@ def make_trainer(
     folder: Path,
     *,
     documents: Documents | None = None,
-    eval_documents: Documents | None = None,
+    eval_documents: Documents | dict[str, Documents] | None = None,
+    repeats: Sequence[float] | None = None,
     callbacks: tuple = (),
     aux: float = 0.0,
     patches: Sequence[str] = PATCHES,
     packing: bool = True,
     **arguments: Any,
 ) -> SftTrainer:
-    """Patch a copy of `model` and wrap it in the trainer that a run would use."""
+    """Patch a copy of `model` and wrap it in the trainer that a run would use.
+
+    With `repeats` the documents come in turn from as many sources, passed over so often.
+    """
     values: dict[str, Any] = {
         "output_dir": str(folder), "use_cpu": True, "disable_tqdm": True, "max_grad_norm": 0.0,
         "save_strategy": "no", "logging_steps": 1, "learning_rate": 1e-2,
@@ -72,9 +77,13 @@ def make_trainer(
     statistics.coefficient = aux
     vocabulary = model.config.vocab_size
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    documents = documents or Documents(24, vocabulary)
+    passes = repeats and Passes(
+        documents.lengths, np.arange(len(documents)) % len(repeats), repeats, args.seed
+    )
     rows = PackedDataset(
-        documents or Documents(24, vocabulary), ROW, packing=packing, seed=args.seed,
-        rows_multiple_of=per_step,
+        documents, ROW, packing=packing, seed=args.seed, rows_multiple_of=per_step,
+        passes=passes,
     )  # fmt: skip
     trainer = SftTrainer(
         model=model,
@@ -82,7 +91,7 @@ def make_trainer(
         processing_class=tokenizer,
         data_collator=PackedCollator(ROW, tokenizer.pad_token_id),
         train_dataset=rows,
-        eval_dataset=eval_documents and PackedDataset(eval_documents, ROW),
+        eval_dataset=_packed(eval_documents),
         callbacks=[EpochCallback(rows), *callbacks],
         engine=Engine("single"),
         metrics=Metrics(
@@ -94,6 +103,12 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     enable_checkpointing(model, {args.checkpointing: model.config.num_hidden_layers})
     return trainer
+
+
+def _packed(documents: Documents | dict[str, Documents] | None) -> Any:
+    if isinstance(documents, dict):
+        return {name: PackedDataset(part, ROW) for name, part in documents.items()}
+    return documents and PackedDataset(documents, ROW)
 
 
 def nll_sum(model: PreTrainedModel, documents: Documents) -> tuple[torch.Tensor, int]:

@@ -148,6 +148,26 @@ def test_evaluation_is_exact_per_token(tiny_moe, tokenizer, tmp_path):
     assert trainer.model.training
 
 
+def test_evaluation_tells_the_sources_apart(tiny_moe, tokenizer, tmp_path, caplog):
+    caplog.set_level("INFO")
+    sources = {name: Documents(7, len(tokenizer), seed=n) for n, name in enumerate(("a", "b"))}
+    trainer = make_trainer(tiny_moe, tokenizer, tmp_path, eval_documents=sources)
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        sums = {name: nll_sum(tiny_moe, documents) for name, documents in sources.items()}
+    for name, (total, count) in sums.items():
+        assert metrics[f"eval_{name}_label_tokens"] == count
+        assert metrics[f"eval_{name}_loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    count = sum(count for _, count in sums.values())
+    total = sum(total.item() for total, _ in sums.values())
+    assert metrics["eval_label_tokens"] == count
+    assert metrics["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert f"eval_b loss {metrics['eval_b_loss']:.4f}" in caplog.text
+    assert (
+        trainer.evaluate(sources and trainer.eval_dataset["a"])["eval_label_tokens"] == sums["a"][1]
+    )
+
+
 def test_metrics_file_has_the_contracted_keys(tiny_moe, tokenizer, tmp_path):
     documents = Documents(10, len(tokenizer))
     trainer = make_trainer(tiny_moe, tokenizer, tmp_path, documents=documents, num_train_epochs=1)

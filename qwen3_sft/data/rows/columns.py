@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ class NamedColumns:
         return {self.keys.get(name, name): value for name, value in item.items()}
 
 
-def named_columns(pairs: list[str]) -> NamedColumns:
+def named_columns(pairs: Sequence[str]) -> NamedColumns:
     """Read `--columns prompt=question message.content=utterance`.
 
     Raises:

@@ -10,9 +10,8 @@ import pytest
 from datasets import Dataset
 
 from qwen3_sft.data.formats import parse_row
-from qwen3_sft.data.raw_rows import raw_rows
+from qwen3_sft.data.raw_rows import RowsRead, raw_rows
 from qwen3_sft.data.readers import find_sources
-from qwen3_sft.data.tally import Tally
 from qwen3_sft.options.data_args import DataArguments
 from tests.support.data_rows import parse
 
@@ -49,7 +48,7 @@ def read(tmp_path, monkeypatch):
 
     def samples(name, **options):
         args = DataArguments(dataset=[name], **options)
-        rows = list(raw_rows(find_sources(args), args, Tally(), Counter()))
+        rows = list(raw_rows(find_sources(args), args, RowsRead()))
         parsed = [parse(row.content, reading=row.reading)[0] for row in rows]
         return [
             ([c.arguments for m in s.messages for c in m.tool_calls], list(s.tools)) for s in parsed
@@ -163,6 +162,6 @@ def test_a_null_column_is_absent_in_any_format(read):
     }
     write([row])
     args = DataArguments(dataset=["a.jsonl"])
-    (found,) = raw_rows(find_sources(args), args, Tally(), Counter())
+    (found,) = raw_rows(find_sources(args), args, RowsRead())
     sample = parse_row(found.content, found.fmt, "f:1", Counter(), reading=found.reading)
     assert [message.content for message in sample.messages] == ["i", "o"]
