@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from monkey_patch.router_aux_loss import router_statistics
 from qwen3_sft.checkpoints.folders import step_of
-from qwen3_sft.data.prepare import TokenDataset
+from qwen3_sft.data.token_store import TokenDataset
+from qwen3_sft.data.tokens import Tokens
 from qwen3_sft.decisions import Decisions
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import DataError, UsageError
@@ -38,38 +37,6 @@ from qwen3_sft.training.reporters import guard_reporters
 from qwen3_sft.training.trainer import SftTrainer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The data of a run.
-
-    Attributes:
-        tokenizer: of the base model.
-        train: samples to train on.
-        eval: held-out samples, None for no evaluation.
-        has_own_eval: whether they come from files of their own, with a report of their own.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    train: TokenDataset
-    eval: TokenDataset | None = None
-    has_own_eval: bool = False
-
-    @property
-    def turn_ends(self) -> list[str]:
-        """The tokens that end a labelled turn, the most important first."""
-        return list(self.train.report["turn_ends"])
-
-    def write_reports(self, write: Callable[[str, Any], None]) -> None:
-        """Write what was read and what was dropped.
-
-        Args:
-            write: takes the name of a record and its content.
-        """
-        write("data_report.json", self.train.report)
-        if self.has_own_eval and self.eval is not None:
-            write("eval_data_report.json", self.eval.report)
 
 
 def build_trainer(

@@ -19,6 +19,8 @@ USAGE = """usage: qwen3-sft COMMAND ...
                                                  memory, verdict and expected speed, without a GPU
   data inspect --dataset F --model_name_or_path M [-n N] [--format text|json] [--option value ...]
                                                  samples with the trained text marked
+  data prepare RECIPE [--format text|json] [--option value ...]
+                                                 tokenise beforehand, without a GPU
   export CHECKPOINT FOLDER [--dtype DTYPE] [--trust_checkpoint true]
                                                  a checkpoint of a run as a hub model, verified
 """
@@ -42,6 +44,8 @@ def _dispatch(argv: list[str]) -> int:
             return _print("qwen3_sft.commands.plan", rest)
         case ["data", "inspect", *rest]:
             return _print("qwen3_sft.commands.inspect", rest)
+        case ["data", "prepare", *rest]:
+            return _print("qwen3_sft.commands.prepare", rest)
         case ["export", *rest]:
             from qwen3_sft.commands.export import export_command
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
 import monkey_patch
-from qwen3_sft.build import Tokens, build_trainer
+from qwen3_sft.build import build_trainer
 from qwen3_sft.checkpoints.resume import agree_on_checkpoint, run_identity
-from qwen3_sft.data.prepare import prepare
+from qwen3_sft.data.tokens import Tokens, prepare_tokens
 from qwen3_sft.decisions import (
     Decisions,
     Machine,
@@ -41,7 +40,6 @@ from qwen3_sft.model.loading import load_model, resolve_model
 from qwen3_sft.model.patches import FP8_PATCHES
 from qwen3_sft.options.batch import rows_per_step
 from qwen3_sft.options.changes import comparable
-from qwen3_sft.options.data_args import DataArguments
 from qwen3_sft.options.draft import TrainDraft
 from qwen3_sft.options.recipe import Options, parse_options
 from qwen3_sft.options.train_args import TrainArguments
@@ -99,7 +97,7 @@ def _run_in(folder: RunFolder, options: Options, peers: PeerWatch) -> int:
         check_disk(decisions, checked.model)
     _say(decisions)
     # Outside any process group: this may take hours.
-    tokens = _prepare_data(data, checked.tokenizer, options.train.seed)
+    tokens = prepare_tokens(data, checked.tokenizer, options.train.seed)
 
     _join(options.train, peers)
     # GPUs may differ, what layers do must not.
@@ -131,15 +129,6 @@ def _say(decisions: Decisions) -> None:
         logger.info("%s", line)
     if decisions.advice_line and os.environ.get("RANK", "0") == "0":
         logger.warning("this is likely to run out of memory; %s", decisions.advice_line)
-
-
-def _prepare_data(data: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tokens:
-    tokens = prepare(data, tokenizer)
-    if data.eval_dataset:
-        return Tokens(tokenizer, tokens, prepare(data, tokenizer, eval=True), has_own_eval=True)
-    if data.eval_fraction:
-        return Tokens(tokenizer, *tokens.split(data.eval_fraction, seed))
-    return Tokens(tokenizer, tokens)
 
 
 def _join(train: TrainDraft, peers: PeerWatch) -> None:

@@ -16,7 +16,9 @@ from tests.support.source_tree import ROOT
 LEAST = ("--dataset", "d.jsonl", "--model_name_or_path", "m")
 
 
-@pytest.mark.parametrize("words", [("plan",), ("data", "inspect")], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [("plan",), *(("data", name) for name in ("inspect", "prepare"))], ids=" ".join
+)
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_says_what_it_takes(words, flag, capsys):
     assert main([*words, flag]) == 0
@@ -86,7 +88,8 @@ print(json.dumps(found))
 HELP = [
     ("cli", []), ("cli", ["--help"]),
     ("cli", ["train", "--help"]), ("cli", ["train", "--help_all"]),
-    ("cli", ["plan", "--help"]), ("cli", ["data", "inspect", "-h"]), ("cli", ["export", "--help"]),
+    ("cli", ["plan", "--help"]), ("cli", ["data", "inspect", "-h"]),
+    ("cli", ["data", "prepare", "-h"]), ("cli", ["export", "--help"]),
     ("cli", ["resume", "--help"]), ("multinode", ["--help"]), ("train", ["--help"]),
 ]  # fmt: skip
 MISTAKES = [
@@ -99,6 +102,8 @@ MISTAKES = [
     ("cli", ["plan", "gone.yaml"], "--config gone.yaml: no such file"),
     ("cli", ["plan", *LEAST, "--seed", "-1"], "--seed -1"),
     ("cli", ["data", "inspect", *LEAST, "--packing", "perhaps"], "'perhaps'"),
+    ("cli", ["data", "prepare", "gone.yaml"], "--config gone.yaml: no such file"),
+    ("cli", ["data", "prepare", *LEAST, "--max_rows", "0"], "--max_rows 0"),
     ("cli", ["data"], "unknown command 'data'"), ("cli", ["trian"], "unknown command 'trian'"),
     ("cli", ["resume", "nowhere"], "nowhere is no run folder"),
     ("cli", ["export", "nowhere", "out"], "nowhere: no such folder; give a checkpoint"),

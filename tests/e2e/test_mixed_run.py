@@ -32,10 +32,21 @@ def recipe(tmp_path, tokenizer):
     return write
 
 
+def cache_files(folder):
+    return {path: path.stat().st_mtime_ns for path in (folder / "cache").glob("*/*")}
+
+
 def test_a_mixture_is_trained_evaluated_and_recorded(recipe, tmp_path, capfd):
-    assert main(recipe()) == 0
-    run = tmp_path / "run"
+    command, run = recipe(), tmp_path / "run"
+    assert main(["data", "prepare", command[-1], "--format", "json"]) == 0
+    prepared = json.loads(capfd.readouterr().out)
+    assert not run.exists()
+    made = cache_files(tmp_path)
+    assert main(command) == 0
+    assert cache_files(tmp_path) == made
     report = json.loads((run / "data_report.json").read_text())
+    assert report == prepared["dataset"]
+    assert json.loads((run / "eval_data_report.json").read_text()) == prepared["evaluation"]
     assert [(s["source"], s["rows_in"], s["repeat"]) for s in report["sources"]] == [
         ("rows", 40, 0.5), ("more", 12, 1.0),
     ]  # fmt: skip
