@@ -165,9 +165,18 @@ def _operands(parameter: Tensor, state: dict[str, Any]) -> _Operands:
 
 
 def _scalars(clip: Clip, step: Tensor, group: dict[str, Any]) -> _Scalars:
+    return _Scalars(clip.norm, clip.scale(), step, _learning_rate(group["lr"], clip.norm))
+
+
+def _learning_rate(lr: Tensor | float, like: Tensor) -> Tensor:
+    """Return it beside `like`, 0-dim float32; what is there already is not read by the host.
+
+    torchao makes it a tensor of the host's, accelerate moves that to the device with the states.
+    """
+    if isinstance(lr, Tensor) and lr.device == like.device:
+        return lr.to(like.dtype)
     # A number goes along with the kernel; a tensor of the CPU's would be copied, and waited for.
-    lr = torch.full_like(clip.norm, float(group["lr"]))
-    return _Scalars(clip.norm, clip.scale(), step, lr)
+    return torch.full_like(like, float(lr))
 
 
 def _rule(group: dict[str, Any], *, rounds: bool) -> _Rule:

@@ -38,8 +38,6 @@ EXEMPT = {
         "copies the sums to the device in the first step and is there ever after",
     ("monkey_patch/linear_cross_entropy.py", "_labelled"):
         "the number of labels is on the device already",
-    ("qwen3_sft/optimizers/low_bit_step.py", "_scalars"):
-        "torchao's learning rate is a tensor of the host",
     ("torch/optim/optimizer.py", "_get_value"):
         "AdamW's step count lies on the host, and on the device where it is fused",
 }  # fmt: skip
