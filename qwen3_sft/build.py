@@ -18,7 +18,7 @@ from qwen3_sft.decisions import Decisions
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import DataError, UsageError
 from qwen3_sft.hardware import device_info
-from qwen3_sft.model.activation_checkpointing import enable_checkpointing
+from qwen3_sft.model.activation_checkpointing import SeenOperators, enable_checkpointing
 from qwen3_sft.model.layer_compile import compile_layers
 from qwen3_sft.options.batch import rows_per_step
 from qwen3_sft.options.data_args import DataArguments
@@ -29,7 +29,13 @@ from qwen3_sft.packing.rows import PackedDataset
 from qwen3_sft.plan.plan import RunPlan
 from qwen3_sft.records.run_folder import RunFolder, versions
 from qwen3_sft.records.step_lines import StepLines
-from qwen3_sft.training.callbacks import EarlyStopping, EpochCallback, StartCallback, StopAfter
+from qwen3_sft.training.callbacks import (
+    EarlyStopping,
+    EpochCallback,
+    KeptCheck,
+    StartCallback,
+    StopAfter,
+)
 from qwen3_sft.training.completions import CompletionCallback, pick_prompts
 from qwen3_sft.training.metrics import Metrics
 from qwen3_sft.training.plan_check import PlanCheck
@@ -88,20 +94,21 @@ def build_trainer(
         },
     )
     _check_engine(trainer, engine)
-    _shape_layers(trainer, plan)
+    trainer.add_callback(KeptCheck(_shape_layers(trainer, plan), decisions.attention_name))
     trainer.remove_callback(PrinterCallback)
     guard_reporters(trainer.callback_handler.callbacks)
     return trainer
 
 
-def _shape_layers(trainer: SftTrainer, plan: RunPlan) -> None:
-    """Set what accelerate and the Trainer would set otherwise when training begins."""
+def _shape_layers(trainer: SftTrainer, plan: RunPlan) -> SeenOperators:
+    """Set what accelerate and the Trainer would set otherwise; return what the layers will run."""
     args = trainer.args
     if plan.engine.kind == "fsdp" and args.bf16:
         set_fsdp_precision(trainer.accelerator.state.fsdp_plugin)
-    enable_checkpointing(trainer.model, plan.layers, offload=args.activation_offload)
+    seen = enable_checkpointing(trainer.model, plan.layers, offload=args.activation_offload)
     if args.compiles_layers:
         compile_layers(trainer.model)
+    return seen
 
 
 def _pack(

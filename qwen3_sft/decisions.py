@@ -22,7 +22,8 @@ from monkey_patch.fp8_selection import Selection, describe
 from qwen3_sft.distributed.engine import Engine, check_experts, deepspeed_config, detect
 from qwen3_sft.errors import ModelError
 from qwen3_sft.families.family import Family, require
-from qwen3_sft.model.attention import choose_attention
+from qwen3_sft.families.flops import head_dim
+from qwen3_sft.model.attention import check_attention, choose_attention
 from qwen3_sft.model.fp8 import NO_FP8, Fp8Choice, choose_fp8
 from qwen3_sft.model.loading import weights_dtype
 from qwen3_sft.model.patches import choose_patches, fp8_selection
@@ -205,7 +206,7 @@ def check_options(
     full = completed(options, engine, processes, has_bf16=machine.has_bf16)
     check_arguments(full.train, has_evaluation=options.data.has_evaluation)
     device = machine.device or torch.device("cpu")
-    choose_attention(options.model.attn_implementation, device, compute_dtype(full))
+    check_attention(options.model.attn_implementation, device, compute_dtype(full))
 
 
 def check_model(decisions: Decisions, model: PreTrainedModel) -> None:
@@ -257,10 +258,10 @@ def _for_device(
     check_packages(options.train, engine)
     wanted = options.model.attn_implementation
     fp8 = choose_fp8(options.model, device, packing=options.data.packing)
-    is_zero3 = engine.kind == "zero3"
+    is_zero3, text = engine.kind == "zero3", model.config.get_text_config()
     return replace(
         decisions,
-        attention=choose_attention(wanted, device, decisions.compute),
+        attention=choose_attention(wanted, device, decisions.compute, head_dim(text)),
         fp8=fp8,
         selection=fp8_selection(model, options.model, fp8),
         units=tuple(check_zero3(model, deepspeed_config(env))) if is_zero3 else (),

@@ -34,6 +34,7 @@ from qwen3_sft.export.card import model_card
 from qwen3_sft.export.export import export_model
 from qwen3_sft.export.upload import upload_model
 from qwen3_sft.hardware import device_info
+from qwen3_sft.model.attention_trial import switch_on
 from qwen3_sft.model.base import checked_base
 from qwen3_sft.model.fingerprint import model_fingerprint
 from qwen3_sft.model.loading import load_model, resolve_model
@@ -162,6 +163,7 @@ def _load(
             base, options.model, args.device, decisions.weights, decisions.attention_name,
             engine=engine, compute=decisions.compute,
         )  # fmt: skip
+        switch_on(decisions.attention_name)
         patches = monkey_patch.apply_patches(model, decisions.patches)
         if engine.layout == "whole":
             model.to(args.device)

@@ -20,6 +20,7 @@ checkpointing keeps 0.2 MB and recomputes 5 of the 6 GFLOP of a token's forward,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from torch.utils.checkpoint import (
 )
 from transformers import PreTrainedModel
 
+from qwen3_sft.errors import ModelError
 from qwen3_sft.families.family import family_of
 
 Policy = Literal["none", "selective", "full"]
@@ -41,15 +43,11 @@ Policy = Literal["none", "selective", "full"]
 ORDER: tuple[Policy, ...] = ("full", "selective", "none")
 
 # Operators whose results are kept, by name: some exist only where a package or a device does.
-# One of attention's runs in a layer; the others belong to other devices, versions and packages.
-KEPT = frozenset(
+# One of these runs in a layer; the others belong to other devices, versions and packages.
+ATTENTION = frozenset(
     {
-        "monkey_patch.scatter_moe.default",
-        "monkey_patch.route.default",
-        "aten.topk.default",  # the routing where that operator does not run
         "torch_attn._varlen_attn.default",
         "flash_attn._flash_attn_varlen_forward.default",
-        "flash_attn_3.fwd.default",
         "aten._scaled_dot_product_flash_attention.default",
         "aten._scaled_dot_product_efficient_attention.default",
         "aten._scaled_dot_product_cudnn_attention.default",
@@ -57,11 +55,45 @@ KEPT = frozenset(
         "aten._scaled_dot_product_fused_attention_overrideable.default",
     }
 )
+KEPT = ATTENTION | {
+    "monkey_patch.scatter_moe.default",
+    "monkey_patch.route.default",
+    "aten.topk.default",  # the routing where that operator does not run
+}
+
+
+@dataclass
+class SeenOperators:
+    """What layers that are checkpointed selectively have run so far.
+
+    Attributes:
+        names: of operators whose results are kept.
+        ran: whether any operator was seen at all: none is where a compiled graph was cached.
+    """
+
+    names: set[str] = field(default_factory=set)
+    ran: bool = False
+
+    def check(self, implementation: str) -> None:
+        """Refuse to go on where attention runs twice without a word.
+
+        Args:
+            implementation: of attention, for the message.
+
+        Raises:
+            ModelError: no operator of attention is known by its name.
+        """
+        if self.ran and not self.names & ATTENTION:
+            raise ModelError(
+                f"selective checkpointing keeps no result of attention {implementation!r}: none of "
+                "its operators is known here, so it would run twice and the plan would be wrong; "
+                "set --attn_implementation torch_varlen, or --activation_checkpointing full"
+            )
 
 
 def enable_checkpointing(
     model: PreTrainedModel, layers: Mapping[Policy, int], *, offload: bool = False
-) -> None:
+) -> SeenOperators:
     """Set the policy of each decoder layer; transformers' Trainer must not set one too.
 
     Args:
@@ -72,6 +104,9 @@ def enable_checkpointing(
             Copied on the stream of the computation: 4 KB per token and layer of the 30B model each
             way, where the layer costs 0.4 GFLOP per token and more the longer the documents.
 
+    Returns:
+        What the selective layers will have run.
+
     Raises:
         ValueError: the counts do not add up to the model's layers.
         ModelError: no family has its `model_type`.
@@ -80,14 +115,17 @@ def enable_checkpointing(
     policies = [policy for policy in ORDER for _ in range(layers.get(policy, 0))]
     if len(policies) != len(decoder):
         raise ValueError(f"{dict(layers)} are {len(policies)} of {len(decoder)} layers")
+    seen = SeenOperators()
     if set(policies) == {"none"}:
-        return
+        return seen
     model.activation_checkpointing_enable({"use_reentrant": False})
     hidden_size = model.config.get_text_config().hidden_size
     functions = {
         "full": partial(checkpoint, use_reentrant=False),
         "selective": partial(
-            checkpoint, use_reentrant=False, context_fn=partial(selective_contexts, hidden_size)
+            checkpoint,
+            use_reentrant=False,
+            context_fn=partial(selective_contexts, hidden_size, seen),
         ),
     }
     if offload:
@@ -96,6 +134,7 @@ def enable_checkpointing(
         layer: Any = module
         layer.gradient_checkpointing = policy != "none"
         layer._gradient_checkpointing_func = functions.get(policy)
+    return seen
 
 
 def _on_host(recompute: Callable[..., Any], hidden_size: int, *args: Any, **kwargs: Any) -> Any:
@@ -121,17 +160,24 @@ def _on_host(recompute: Callable[..., Any], hidden_size: int, *args: Any, **kwar
         return recompute(*args, **kwargs)
 
 
-def selective_contexts(hidden_size: int) -> tuple[Any, Any]:
+def selective_contexts(hidden_size: int, seen: SeenOperators) -> tuple[Any, Any]:
     """Return the contexts of a layer's forward and of its recomputation (torch's `context_fn`).
 
     Args:
         hidden_size: of the model, by which the projection that ends attention is known.
+        seen: receives the operators that run.
     """
-    return create_selective_checkpoint_contexts(partial(_policy, hidden_size))
+    return create_selective_checkpoint_contexts(partial(_policy, hidden_size, seen))
 
 
-def _policy(hidden_size: int, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if str(op) in KEPT or _is_output_projection(hidden_size, op, args):
+def _policy(
+    hidden_size: int, seen: SeenOperators, context: Any, op: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    seen.ran = True
+    name = str(op)
+    if name in KEPT:
+        seen.names.add(name)
+    if name in KEPT or _is_output_projection(hidden_size, op, args):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -19,6 +19,7 @@ from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import ModelError
 from qwen3_sft.families.family import family_of, require_by_name
 from qwen3_sft.logs import progress_bars
+from qwen3_sft.model.attention_trial import VARLEN
 from qwen3_sft.model.base_files import INDEX, check_file, read_headers
 from qwen3_sft.model.config_file import CONFIG, read_config
 from qwen3_sft.model.host_memory import blocks_given_back, reserve_weights
@@ -164,7 +165,7 @@ def load_model(
     kwargs: dict[str, Any] = {
         "dtype": dtype,
         # The patches switch to these two after loading; until then the stock twins stand in.
-        "attn_implementation": "sdpa" if attention == "torch_varlen" else attention,
+        "attn_implementation": "sdpa" if attention in VARLEN else attention,
         "trust_remote_code": False,
     }
     if engine.kind == "native":

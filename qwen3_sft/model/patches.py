@@ -8,6 +8,7 @@ from monkey_patch.core import Patch
 from monkey_patch.experts_fp8 import experts_fp8
 from monkey_patch.fp8_selection import Selection, select
 from monkey_patch.linear_fp8 import linear_fp8
+from qwen3_sft.model.attention_trial import VARLEN
 from qwen3_sft.model.fp8 import NO_FP8, Fp8Choice
 from qwen3_sft.options.model_args import EXPERT_PATCHES, ModelArguments
 
@@ -34,7 +35,7 @@ def choose_patches(
         )
     elif experts in EXPERT_PATCHES:
         patches.append(experts)
-    if attention == "torch_varlen":
+    if attention in VARLEN:
         patches.append("varlen_attention")
     patches += ["router_aux_loss", "linear_cross_entropy"]
     if fp8.attention:

@@ -9,6 +9,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
 from qwen3_sft.distributed.peer_watch import PeerWatch
+from qwen3_sft.model.activation_checkpointing import SeenOperators
 from qwen3_sft.packing.isolation import check_isolation
 from qwen3_sft.packing.rows import PackedDataset
 from qwen3_sft.training.metrics import Metrics
@@ -77,6 +78,26 @@ class StartCallback(TrainerCallback):
             autocast=torch.bfloat16 if args.bf16 else None,
         )  # fmt: skip
         logger.info("%s", report)
+
+
+class KeptCheck(TrainerCallback):
+    """Prove that selective checkpointing keeps attention's result, after layers have run once."""
+
+    def __init__(self, seen: SeenOperators, attention: str) -> None:
+        """Remember what the layers tell, and the implementation for the message."""
+        self._seen, self._attention = seen, attention
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Judge what the warm-up of the memory has run, if it has.
+
+        Raises:
+            ModelError: attention would run twice.
+        """
+        self._seen.check(self._attention)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Judge the first step; as `on_train_begin`."""
+        self._seen.check(self._attention)
 
 
 class EpochCallback(TrainerCallback):

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from qwen3_sft.errors import ModelError
-from qwen3_sft.model.attention import choose_attention
 from qwen3_sft.model.loading import load_model, load_strict, load_tokenizer, resolve_model
 from qwen3_sft.options.model_args import ModelArguments
 
@@ -52,16 +51,3 @@ def test_missing_weights_are_named(base):
 def test_liger_needs_a_gpu(base):
     with pytest.raises(ModelError, match="--use_liger"):
         load_model(base, ModelArguments(use_liger=True), CPU, torch.float32, "sdpa")
-
-
-def test_attention_is_chosen_for_the_device():
-    assert choose_attention("auto", CPU, torch.float32)[0] == "torch_varlen"
-    # flash-attn is not installed here
-    assert choose_attention("auto", CUDA, torch.bfloat16)[0] == "torch_varlen"
-    assert choose_attention("sdpa", CUDA, torch.bfloat16)[0] == "sdpa"
-    with pytest.raises(ModelError, match="needs a CUDA device and bfloat16"):
-        choose_attention("flash_attention_2", CPU, torch.bfloat16)
-    with pytest.raises(ModelError, match="needs a CUDA device and bfloat16"):
-        choose_attention("flash_attention_2", CUDA, torch.float32)
-    with pytest.raises(ModelError, match="not installed"):
-        choose_attention("flash_attention_3", CUDA, torch.bfloat16)

@@ -20,9 +20,11 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 import monkey_patch
 from qwen3_sft.demo.model import tiny_config
 from qwen3_sft.errors import ModelError
+from qwen3_sft.families.flops import head_dim
 from qwen3_sft.families.known_models import KNOWN_CONFIGS
 from qwen3_sft.model.activation_checkpointing import enable_checkpointing
 from qwen3_sft.model.attention import choose_attention
+from qwen3_sft.model.attention_trial import VARLEN, switch_on
 from qwen3_sft.model.fp8 import choose_fp8
 from qwen3_sft.model.layer_compile import compile_layers
 from qwen3_sft.model.patches import choose_patches
@@ -56,10 +58,13 @@ def build_model(
     policies = options.policies(config.num_hidden_layers)
     experts = experts_for(model_args.experts_implementation, policies)
     compute = weights if options.dtype == "float32" else torch.bfloat16
-    attention, _ = choose_attention(model_args.attn_implementation, args.device, compute)
+    attention, _ = choose_attention(
+        model_args.attn_implementation, args.device, compute, head_dim(config)
+    )
+    switch_on(attention)
     if experts not in EXPERT_PATCHES:
         model.set_experts_implementation(experts)
-    if attention != "torch_varlen":
+    if attention not in VARLEN:
         model.set_attn_implementation(attention)
     chosen = replace(model_args, experts_implementation=experts)
     # Whether documents share a scale is a question of results, not of speed.

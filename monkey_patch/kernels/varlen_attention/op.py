@@ -106,7 +106,7 @@ def _flash(
     scale: float,
 ) -> torch.Tensor:
     attend, parameters = _torch_varlen_attn()
-    if "enable_gqa" not in parameters:
+    if not takes_groups():
         groups = len(q_HTC) // len(k_GTC)
         k_GTC, v_GTC = (t.repeat_interleave(groups, dim=0) for t in (k_GTC, v_GTC))
     if "scale" not in parameters:
@@ -121,6 +121,11 @@ def _flash(
         max_length,
         **{name: value for name, value in options.items() if name in parameters},
     )
+
+
+def takes_groups() -> bool:
+    """Whether torch's kernels take fewer keys and values than queries; else they are repeated."""
+    return "enable_gqa" in _torch_varlen_attn()[1]
 
 
 @functools.cache
