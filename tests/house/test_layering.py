@@ -29,7 +29,8 @@ LAYERS = (
 )
 
 MAY_IMPORT_MONKEY_PATCH = {
-    "build", "decisions", "dry_run", "model.attention", "model.attention_trial", "model.attention", "model.attention_trial", "model.fp8", "model.patches", "plan.planner", "run"
+    "build", "decisions", "dry_run", "model.attention", "model.attention_trial", "model.fp8",
+    "model.patches", "plan.planner", "run",
 }  # fmt: skip
 ARCHITECTURES = "monkey_patch.architectures"
 COMPILED = "monkey_patch.compiled"  # torch.compile for all, and nothing of the patches
