@@ -18,6 +18,7 @@ from tests.support import interpreter
 interpreter.enable()  # before the first import of triton, which transformers may do
 
 from qwen3_sft.demo.model import tiny_config, tiny_model, train_tokenizer  # noqa: E402
+from tests.support.upstream import Upstream  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,22 @@ def _logging():
     for log, (handlers, level, propagate) in zip(loggers, before, strict=True):
         log.handlers, log.propagate = handlers, propagate
         log.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _upstream():
+    """Refuse a test that leaves transformers' modules changed for those after it."""
+    before = Upstream()
+    yield
+    assert not (changed := before.restore()), f"transformers is left changed: {changed[:5]}"
+
+
+@pytest.fixture
+def liger_is_undone():
+    """Let a test have Liger replace names of transformers, for itself alone."""
+    before = Upstream()
+    yield
+    before.restore()
 
 
 @pytest.fixture(scope="session")

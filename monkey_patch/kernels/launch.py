@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,8 @@ class Launch:
         """Launch on the current stream of the tensors' device; an empty grid launches nothing."""
         if self.grid == 0:
             return
+        if not torch.cuda.is_available():
+            self._check_interpreter()
         tensor = next(v for v in self.arguments.values() if isinstance(v, torch.Tensor))
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(tensor):
@@ -47,10 +50,32 @@ class Launch:
                 **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
             )
 
+    def _check_interpreter(self) -> None:
+        """Refuse what Triton's interpreter gets wrong without an error.
+
+        Raises:
+            RuntimeError: an operand is bfloat16, whose bit patterns it multiplies.
+        """
+        tensors = [v for v in self.arguments.values() if isinstance(v, torch.Tensor)]
+        is_half = any(tensor.dtype == torch.bfloat16 for tensor in tensors)
+        if is_half and not interpreter_multiplies_bfloat16():
+            raise RuntimeError(
+                f"{self.name}: with TRITON_INTERPRET=1 this Triton computes products of bfloat16 "
+                "wrong, without an error of its own: use float32, or unset TRITON_INTERPRET"
+            )
+
     @property
     def name(self) -> str:
         """The kernel's name, for messages."""
         return self.kernel.fn.__name__.strip("_")
+
+
+@functools.cache
+def interpreter_multiplies_bfloat16() -> bool:
+    """Whether a product of ones in bfloat16 is right in Triton's interpreter (not in 3.7.1)."""
+    from monkey_patch.kernels.interpreter_check import product_of_ones
+
+    return product_of_ones()
 
 
 def cdiv(numerator: int, denominator: int) -> int:

@@ -93,6 +93,7 @@ def activation_plan(
     chunk_tokens: int,
     offload: bool = False,
     label_fraction: float = 1.0,
+    repeats_groups: bool = False,
 ) -> ActivationPlan:
     """Count for a Qwen3-MoE.
 
@@ -106,13 +107,14 @@ def activation_plan(
         chunk_tokens: positions whose logits exist at once.
         offload: inputs of layers that compute again are kept in host memory.
         label_fraction: share of the tokens whose loss is computed.
+        repeats_groups: whether attention is given a copy of keys and values for each head.
 
     Raises:
         ValueError: an unknown policy, or counts that do not add up to the layers of the model.
     """
     _check(config, layers)
     s, r = compute_bytes, residual_bytes
-    layer = _layer(config, s, r, keeps_hidden)
+    layer = _layer(config, s, r, keeps_hidden) + repeats_groups * _repeated(config, s)
     inputs = config.hidden_size * r
     on_gpu = 0 if offload else inputs
     kept = {
@@ -172,6 +174,12 @@ def _layer(config: Any, s: int, r: int, keeps_hidden: bool) -> int:
     first = config.num_experts_per_tok * 2 * config.moe_intermediate_size * s if keeps_hidden else 0
     fixed = _attention(config, s) + _routing(config, s) + config.num_experts * s
     return residual + norms + roots + projections + rotated + fixed + first
+
+
+def _repeated(config: Any, s: int) -> int:
+    """Bytes per token of the copies of keys and values beyond one for each group."""
+    copies = config.num_attention_heads - config.num_key_value_heads
+    return 2 * copies * head_dim(config) * s
 
 
 def _backward(config: Any, s: int, r: int) -> int:

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from monkey_patch.kernels.linear_cross_entropy.op import CHUNK_TOKENS
+from monkey_patch.kernels.varlen_attention.op import takes_groups
 from qwen3_sft.distributed.engine import Engine, deepspeed_config
 from qwen3_sft.errors import UsageError
 from qwen3_sft.model.activation_checkpointing import Policy
@@ -135,6 +136,8 @@ class _Builder:
             keeps_hidden=self._keeps_hidden(layers),
             chunk_tokens=CHUNK_TOKENS,
             offload=self.options.train.activation_offload,
+            repeats_groups=not takes_groups()
+            and self.options.model.attn_implementation in ("auto", "torch_varlen"),
         )
 
     def _keeps_hidden(self, layers: Mapping[Policy, int]) -> bool:

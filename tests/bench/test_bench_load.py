@@ -14,9 +14,8 @@ import torch
 from safetensors import safe_open
 
 from qwen3_sft.model.meta_model import known_config, model_on_meta
-from tests.support.commands import free_port, run, succeeds
+from tests.support.commands import free_port, run, succeeds, wait_until
 from tests.support.source_tree import ROOT
-from tests.support.waiting import wait_until
 
 MIB = 2**20
 

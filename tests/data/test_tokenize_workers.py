@@ -10,8 +10,8 @@ from contextlib import suppress
 import psutil
 import pytest
 
+from tests.support.commands import wait_until
 from tests.support.source_tree import ROOT
-from tests.support.waiting import wait_until
 
 
 def group(leader: int) -> list[psutil.Process]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_sft.distributed.peer_process import ProcessId, State, process_id
-from tests.support.waiting import wait_until
+from tests.support.commands import wait_until
 
 
 def test_state_of_a_process(child):

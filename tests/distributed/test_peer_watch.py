@@ -14,7 +14,7 @@ from qwen3_sft.distributed import peer_watch as peers
 from qwen3_sft.distributed.peer_board import PeerBoard
 from qwen3_sft.distributed.peer_process import State, host_id, process_id
 from qwen3_sft.distributed.peer_watch import PeerWatch
-from tests.support.waiting import wait_until
+from tests.support.commands import wait_until
 
 PERIOD_S = 0.02
 

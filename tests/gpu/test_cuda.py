@@ -62,6 +62,7 @@ def test_linear_cross_entropy(dtype):
     )
 
 
+@pytest.mark.usefixtures("liger_is_undone")
 @pytest.mark.parametrize("use_liger", [False, True])
 def test_patched_model_equals_the_plain_one(tokenizer, tmp_path, use_liger):
     write_checkpoint(tmp_path / "base", tokenizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from transformers import Qwen3MoeConfig
 
@@ -135,3 +137,31 @@ def test_a_composite_config_is_counted_by_its_decoder():
 def test_counts_add_up(config, layers, message):
     with pytest.raises(ValueError, match=message):
         activation_plan(config, layers, keeps_hidden=True, **BF16)
+
+
+def test_copies_of_keys_and_values_are_counted(config):
+    """torch 2.11's kernels take no grouped ones: 28 more copies of each, of 128 channels."""
+    for policy, keeps in (("none", True), ("selective", False)):
+        plain = activation_plan(config, {policy: 48}, keeps_hidden=keeps, **BF16)
+        copied = activation_plan(
+            config, {policy: 48}, keeps_hidden=keeps, repeats_groups=True, **BF16
+        )
+        one = 2 * 28 * 128 * 2
+        layers = 48 if policy == "none" else 0
+        assert copied.per_token - plain.per_token == layers * one
+        assert copied.live_layer - plain.live_layer == (0 if policy == "none" else one)
+
+
+def test_the_plan_asks_torch_whether_it_copies(monkeypatch):
+    from qwen3_sft.commands.plan import command
+
+    def activations(*options):
+        recipe = "config/recipe/qwen3_30b_a3b.yaml"
+        lines, _ = command([recipe, "--gpus", "8xH200", "--format", "json", *options])
+        return json.loads(next(lines))["activations_gib"]
+
+    fixed = ("--activation_checkpointing", "none")
+    plain = activations(*fixed)
+    monkeypatch.setattr("qwen3_sft.plan.planner.takes_groups", lambda: False)
+    assert activations(*fixed) > plain
+    assert activations(*fixed, "--attn_implementation", "flash_attention_2") == plain

@@ -1,4 +1,4 @@
-"""Start the project's commands as a user would, and read what a run left behind."""
+"""Start the project's commands as a user would, wait for them, read what a run left behind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import random
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,11 @@ def succeeds(result: subprocess.CompletedProcess) -> str:
 def metrics(folder: Path) -> list[dict]:
     """Return the records of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
+    """Wait until a condition holds; fail after `timeout_s` seconds."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "in vain"
+        time.sleep(0.005)

@@ -20,6 +20,7 @@ import torch
 
 VARIABLE = "TRITON_INTERPRET"
 KERNEL_MODULES = (
+    "monkey_patch.kernels.interpreter_check",
     "monkey_patch.kernels.scatter_moe.triton.fp8.stages",
     "monkey_patch.kernels.router.triton.stages",
 )

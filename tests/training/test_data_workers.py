@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from qwen3_sft.launch.agent import SIGNALS
 from qwen3_sft.training.interruption import let_workers_outlive_signals
-from tests.support.waiting import wait_until
+from tests.support.commands import wait_until
 
 
 def children():
