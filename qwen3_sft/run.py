@@ -50,6 +50,7 @@ from qwen3_sft.records.run_folder import RunFolder, versions
 from qwen3_sft.start_checks import check_place, check_start
 from qwen3_sft.training.arguments import final_arguments
 from qwen3_sft.training.callbacks import TellStep
+from qwen3_sft.training.determinism import make_deterministic
 from qwen3_sft.training.out_of_memory import naming
 from qwen3_sft.training.summary import describe_summary, write_summary
 from qwen3_sft.training.trainer import SftTrainer
@@ -83,6 +84,8 @@ def run(options: Options, peers: PeerWatch) -> int:
         return DONE
     check_place(options)
     check_options(options, Machine.here(options.train))
+    if options.train.deterministic:
+        make_deterministic()
     with claimed(folder):
         return _run_in(folder, options, peers)
 

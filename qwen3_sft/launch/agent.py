@@ -30,6 +30,16 @@ _POLL_S = 0.05
 # For the case that torchrun is signalled as well: it would kill its workers after 30 s. A worker
 # that hangs ends at --dist_timeout_s, 1800 s by default.
 SHUTDOWN_TIMEOUT = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1800")
+# Without it a run that fills a GPU loses GiB to free blocks that are too short, as rows of logits
+# and slices of updates come and go. Under both names: torch still reads the older one.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+_ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def with_defaults(environment: dict[str, str]) -> dict[str, str]:
+    """Return an environment with what a run's processes want, as far as nobody has set it."""
+    chosen = any(name in environment for name in _ALLOCATOR_NAMES)
+    return dict([SHUTDOWN_TIMEOUT] if chosen else [SHUTDOWN_TIMEOUT, ALLOCATOR]) | environment
 
 
 def workers(agent: int) -> list[psutil.Process]:
@@ -85,9 +95,7 @@ class Agent:
         """Start it."""
         # Inherited over exec: a signal to the whole session must not end the agent.
         former_usr1 = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        self.process = subprocess.Popen(
-            self._command, env=dict([SHUTDOWN_TIMEOUT]) | self._environment
-        )
+        self.process = subprocess.Popen(self._command, env=with_defaults(self._environment))
         self._former = {n: signal.signal(n, self._receive) for n in (*SIGNALS, signal.SIGINT)}
         self._former[signal.SIGUSR1] = former_usr1
         return self

@@ -38,7 +38,7 @@ OPTIONS: dict[Meaning, tuple[str, ...]] = {
     ),
     # How it is computed: another rounding, at most another precision.
     "computed": (
-        "bf16", "fp16", "tf32", "full_determinism", "experts_implementation",
+        "bf16", "fp16", "tf32", "deterministic", "experts_implementation",
         "attn_implementation", "use_liger", "torch_compile", "fp8", "fp8_keep", "fp8_recipe",
         "fp8_scaling",
     ),

@@ -66,7 +66,7 @@ GROUPS = (
     ),
     Group(
         "optimizer and schedule",
-        "learning_rate lr_scheduler_type num_train_epochs clip max_bad_steps",
+        "learning_rate lr_scheduler_type num_train_epochs clip max_bad_steps deterministic",
         {
             "max_steps": "optimizer steps; wins over num_train_epochs; -1: as that says",
             "warmup_steps": "of the learning rate from 0: steps, or a share of all below 1",
@@ -82,7 +82,6 @@ GROUPS = (
             "adam_beta1": "decay of the first moment",
             "adam_beta2": "decay of the second moment",
             "adam_epsilon": "added to the root of the second moment",
-            "full_determinism": "deterministic algorithms only; slow",
         },
     ),
     Group(

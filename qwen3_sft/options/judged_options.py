@@ -121,7 +121,7 @@ JUDGED: dict[str, Judged] = {
     "hub_always_push": _no("the verified export is sent once, at the end; leave it out"),
     "hub_revision": _no("the export goes to the main branch; leave it out"),
     # ---- seeds, devices, data ----
-    "full_determinism": _works("sets CUBLAS_WORKSPACE_CONFIG and others for the process"),
+    "full_determinism": _no("set --deterministic true, which does not block after every kernel"),
     "seed": _works(), "data_seed": _no("rows are dealt out by --seed; leave it out"),
     "use_cpu": _works(),
     "accelerator_config": _no("batches are dealt out here; leave it out",

@@ -107,6 +107,13 @@ class TrainArguments(TrainingArguments):
             "before (delayed)"
         },
     )
+    deterministic: bool = field(
+        default=False,
+        metadata={
+            "help": "the same bits in every run on the same GPUs, also after a resume; attention's "
+            "backward pass gets slower"
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "evaluations without improvement that stop the run"}
     )

@@ -3,10 +3,10 @@
 The row is run three times: as it is, and with every other document replaced by different tokens of
 the same number, the even ones and the odd ones. A document that was kept has to give the logits it
 gave: all shapes and boundaries are equal, so that products round alike, and no router flips that
-got the same input. Run alone instead, in other shapes, a document's bfloat16 logits move by rounding
-and by flips of 48 routers, which nobody can tell from a leak by a fixed threshold. What noise is
-left comes from experts, whose rows differ in number; attention is causal, so the first document
-tells how much it is.
+got the same input. Run alone instead, in other shapes, a document's logits move in bfloat16 by
+rounding and by flips of 48 routers, which nobody can tell from a leak by a fixed threshold. What
+noise is left comes from experts, whose rows differ in number; attention is causal, so the first
+document tells how much it is.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from qwen3_sft.errors import LeakError, ModelError
 from qwen3_sft.packing.collator import PackedCollator
 from qwen3_sft.packing.rows import Document
 
-# Least RMS ratio taken for a leak. Measured on a CPU without any leak, 2 and 48 layers: 0 in bfloat16
-# and up to 7e-7 in float32; with one 0.1 and more. bfloat16 rounds at 4e-3 per operation.
+# Least RMS ratio taken for a leak. Without any, 2 and 48 layers gave 0 in bfloat16, up to 7e-7 in
+# float32, on a CPU; with one it is 0.1 and more. bfloat16 rounds at 4e-3 per operation.
 _FLOOR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 _MARGIN = 10.0
 _MAX_DOCUMENTS = 8

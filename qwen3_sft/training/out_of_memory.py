@@ -117,7 +117,7 @@ def surroundings(memory: GpuMemory, environment: Mapping[str, str]) -> list[str]
     unused = memory.reserved - memory.allocated
     if unused > _MUCH and "expandable_segments:True" not in settings:
         found.append(
-            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment "
+            "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment "
             f"({_gib(unused)} are reserved in pieces that do not fit)"
         )
     return found

@@ -15,8 +15,9 @@ from qwen3_sft.demo.model import write_checkpoint
 from qwen3_sft.model.loading import load_model
 from qwen3_sft.options.model_args import ModelArguments
 from qwen3_sft.packing.isolation import check_isolation
+from qwen3_sft.training.determinism import make_deterministic
 from tests.support.oracle import assert_close
-from tests.support.training import PATCHES, Documents, make_trainer, nll_sum
+from tests.support.training import PATCHES, Documents, make_trainer, nll_sum, weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -110,3 +111,19 @@ def test_training_lowers_the_loss(tiny_moe, tokenizer, tmp_path, weights):
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert records[-1]["loss"] < 0.7 * records[0]["loss"]
     assert records[-1]["peak_memory_gib"] > 0
+
+
+def test_deterministic_runs_are_equal_to_the_last_bit(tiny_moe, tokenizer, tmp_path):
+    make_deterministic()
+    try:
+        found = []
+        for number in range(2):
+            trainer = make_trainer(
+                tiny_moe.to(BF16), tokenizer, tmp_path / str(number), max_steps=4, use_cpu=False,
+                bf16=True, aux=0.01,
+            )  # fmt: skip
+            trainer.train()
+            found.append(weights(trainer.model))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

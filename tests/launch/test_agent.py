@@ -14,7 +14,16 @@ import psutil
 import pytest
 
 from qwen3_sft.errors import INTERRUPTED
-from qwen3_sft.launch.agent import WORKER, Agent, catches, reported_code, workers
+from qwen3_sft.launch.agent import (
+    ALLOCATOR,
+    SHUTDOWN_TIMEOUT,
+    WORKER,
+    Agent,
+    catches,
+    reported_code,
+    with_defaults,
+    workers,
+)
 
 # Programs without imports that take long. A worker is known by the name in its command line.
 TRAINS = """
@@ -178,3 +187,10 @@ def test_a_run_of_one_process_is_agent_and_worker(tmp_path, monkeypatch):
             agent.wait(0.05)
     assert ready.read_text() == "USR1"
     assert agent.exit_code(INTERRUPTED) == INTERRUPTED
+
+
+def test_the_allocator_is_set_unless_somebody_has():
+    assert with_defaults({"A": "1"}) == {"A": "1", **dict([SHUTDOWN_TIMEOUT, ALLOCATOR])}
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        chosen = {name: "max_split_size_mb:128"}
+        assert with_defaults(chosen) == {**chosen, **dict([SHUTDOWN_TIMEOUT])}

@@ -54,7 +54,8 @@ REFUSED_VALUES = {
     "hub_always_push": "true", "hub_revision": "dev", "data_seed": "3",
     "accelerator_config": '{"split_batches": true}', "parallelism_config": "tp",
     "dataloader_in_order": "false", "length_column_name": "tokens", "fsdp_config": "fsdp.json",
-    "local_rank": "1", "debug": "underflow_overflow", "skip_memory_metrics": "false",
+    "local_rank": "1", "debug": "underflow_overflow",
+    "full_determinism": "true", "skip_memory_metrics": "false",
     "do_train": "true", "do_eval": "true", "do_predict": "true",
 }  # fmt: skip
 

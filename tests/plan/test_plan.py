@@ -143,10 +143,10 @@ def test_the_command_prints_nothing_but_its_answer(capsys):
 
 
 def fits_with_margin(plan) -> bool:
-    """A tenth of what is not known to the byte stays free."""
+    """A tenth of what is not known to the byte stays free, and 6 GiB of an H200."""
     parts = plan.components()
     margin = 0.1 * (parts["activations"] + parts["temporaries"]) / GIB
-    return plan.total_gib + margin <= plan.gpu.memory_gib
+    return plan.total_gib + max(margin, 0.043 * plan.gpu.memory_gib) <= plan.gpu.memory_gib
 
 
 @pytest.mark.parametrize(
