@@ -18,7 +18,7 @@ from monkey_patch.kernels.scatter_moe.routing import Routing
 
 # Elements of the (slots, experts) table that one program holds in registers: 128 int32 per thread.
 _TABLE = 128 * 128
-_TILES_PER_PROGRAM = 64
+_MOST_TILES = 64  # of one program that maps them; of 512 experts only as many as fit the table
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -174,16 +174,18 @@ def sort_launches(index_TK: torch.Tensor, num_experts: int, routing: Routing) ->
 def tile_launch(routing: Routing, block_m: int, tiles: torch.Tensor) -> Launch:
     """Return the launch that fills `tiles`, the (3, num_row_tiles) int32 map for `block_m` rows."""
     num_experts, num_tiles = routing.offsets.numel() - 1, tiles.shape[1]
+    experts = next_power_of_2(num_experts)
+    per_program = max(16, min(_MOST_TILES, _TABLE // experts))
     return Launch(
         _tile_kernel,
-        cdiv(num_tiles, _TILES_PER_PROGRAM),
+        cdiv(num_tiles, per_program),
         {
             "offsets_ptr": routing.offsets,
             "tiles_ptr": tiles,
             "num_tiles": num_tiles,
             "NUM_EXPERTS": num_experts,
-            "EXPERTS": next_power_of_2(num_experts),
+            "EXPERTS": experts,
             "BLOCK_M": block_m,
-            "TILES": _TILES_PER_PROGRAM,
+            "TILES": per_program,
         },
     )

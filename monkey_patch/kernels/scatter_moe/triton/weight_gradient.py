@@ -42,7 +42,6 @@ def _weight_gradient_kernel(
         expert = work // (M_TILES * N_TILES)
         m = (work // N_TILES % M_TILES) * BLOCK_M
         n = (work % N_TILES) * BLOCK_N
-        ms, ns = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
         first_row = tl.load(offsets_ptr + expert)
         end_row = tl.load(offsets_ptr + expert + 1)
         full_end = first_row + (end_row - first_row) // BLOCK_K * BLOCK_K
@@ -59,9 +58,10 @@ def _weight_gradient_kernel(
                 M, N, TOP_K, GATHER_LEFT, TMA, True, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
-        ms, ns = (m + tl.arange(0, BLOCK_M))[:, None], (n + tl.arange(0, BLOCK_N))[None, :]
-        out_ptrs = out_ptr + (expert.to(tl.int64) * M + ms) * N + ns
-        is_inside = (ms < M) & (ns < N)
+        ms, ns = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+        # The 64-bit part is one number: a tensor of it spills where float32 is stored on sm_100.
+        out_ptrs = out_ptr + ((expert.to(tl.int64) * M + m) * N + n) + (ms * N + ns)
+        is_inside = (m + ms < M) & (n + ns < N)
         if ACCUMULATE:
             acc += tl.load(out_ptrs, mask=is_inside, other=0.0).to(tl.float32)
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_inside)
