@@ -138,6 +138,32 @@ def test_an_optimizer_is_built_once(tmp_path, tiny_moe, words, message):
 
 
 @pytest.mark.parametrize(
+    ("optim", "read", "ignored"),
+    [
+        ("adamw_torch_fused", (), ("foo=1", "amsgrad=true", "bf16_stochastic_round=True")),
+        ("sgd", ("momentum=0.9", "momentum=0.9,nesterov=true"), ("mumentum=0.9", "rank=8")),
+        ("rmsprop", ("alpha=0.99", "centered=false"), ("alfa=0.9",)),
+        ("adagrad", ("lr_decay=0.1",), ("momentum=0.9", "lr_decay=0.1,foo=1")),
+        ("adafactor", ("bf16_stochastic_round=True",), ("scale_parameter=True",)),
+        ("adamw_torch_8bit", ("block_size=256", "states=fp8"), ("blocksize=256",)),
+    ],
+)
+def test_pairs_of_optim_args_that_nothing_reads(tmp_path, tiny_moe, optim, read, ignored):
+    model = model_on_meta(tiny_moe.config)
+
+    def check(pairs):
+        asked = options(tmp_path, "--optim", optim, "--optim_args", pairs)
+        check_model(decide(asked, model, CPU, {}), model)
+
+    for pairs in read:
+        check(pairs)
+    for pairs in ignored:
+        name = pairs.rpartition(",")[2].partition("=")[0]
+        with pytest.raises(UsageError, match=f"--optim_args {name}=.*does not read {name}"):
+            check(pairs)
+
+
+@pytest.mark.parametrize(
     ("entries", "words"),
     [
         ({"mlp_only_layers": [0, 1]}, "no layer has experts"),
