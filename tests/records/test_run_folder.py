@@ -61,6 +61,13 @@ def test_summary_marks_a_finished_run(folder):
     assert [p.name for p in folder.path.iterdir()] == ["summary.json"]
 
 
+@pytest.mark.parametrize("text", [b"", b'{"asked": ', b"[]", b"\xff\xfe"])
+def test_a_damaged_record_is_named(folder, text):
+    folder.summary_file.write_bytes(text)
+    with pytest.raises(UsageError, match=r"summary\.json: damaged .*; remove it"):
+        folder.summary()
+
+
 def test_a_folder_that_cannot_be_made_is_a_usage_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="--output_dir"):
