@@ -19,11 +19,12 @@ from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.errors import ModelError
 from qwen3_sft.families.family import family_of, require_by_name
 from qwen3_sft.logs import progress_bars
-from qwen3_sft.model.base_files import INDEX, check_file, read_headers
+from qwen3_sft.model.base_files import INDEX, read_headers
 from qwen3_sft.model.config_file import CONFIG, read_config
 from qwen3_sft.model.host_memory import blocks_given_back, reserve_weights
 from qwen3_sft.model.quantised import FILES as LEGACY_FILES
 from qwen3_sft.model.quantised import refuse_quantised
+from qwen3_sft.model.tokenizer_files import FILES as TOKENIZER_FILES
 from qwen3_sft.model.tokenizer_files import read_tokenizer
 from qwen3_sft.model.trust import load_config
 from qwen3_sft.model.vocabulary import check_control_tokens
@@ -36,16 +37,6 @@ _ALONE = Engine("single")
 # What says what a model is; without weights and vocabulary.
 CONFIG_FILES = (CONFIG, INDEX, *LEGACY_FILES)
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
-# What a checkpoint folder holds beside the weights, and what an export copies unchanged.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def resolve_model(name: str, revision: str | None = None) -> Path:
@@ -114,9 +105,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ModelError: a file is damaged, it is no fast tokenizer, its control tokens are not those of
             Qwen3, or one that was added contains them.
     """
-    for path in (folder / name for name in TOKENIZER_FILES):
-        if path.exists() or path.is_symlink():
-            check_file(path)
     tokenizer: Any = read_tokenizer(folder)
     check_control_tokens(tokenizer, folder)
     if tokenizer.pad_token_id is None:
