@@ -16,7 +16,7 @@ from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.distributed.utils import is_local_dist_rank_0
 
 from qwen3_sft.distributed.engine import Engine
-from qwen3_sft.errors import ModelError
+from qwen3_sft.errors import ModelError, said
 from qwen3_sft.families.family import family_of, require_by_name
 from qwen3_sft.logs import progress_bars
 from qwen3_sft.model.base_files import INDEX, read_headers
@@ -87,6 +87,8 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError
 
+    if Path(name).exists():
+        raise ModelError(f"--model_name_or_path {name}: a file; name the folder that it lies in")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep + os.sep in name:
         raise ModelError(f"--model_name_or_path {name}: no such folder")
     try:
@@ -94,7 +96,7 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     except (OSError, HTTPError, HFValidationError) as error:  # OSError: offline, gated, disk full
         raise ModelError(
             f"--model_name_or_path {name}: neither a folder nor a hub model that can be fetched "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {said(error)})"
         ) from error
 
 
