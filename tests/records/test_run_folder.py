@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from qwen3_sft.checkpoints.manifest import seal
+from qwen3_sft.checkpoints.manifest import MANIFEST, seal
 from qwen3_sft.checkpoints.resume import check_resume, choose_checkpoint
 from qwen3_sft.errors import CheckpointError, UsageError
 from qwen3_sft.records.run_folder import RunFolder, versions
@@ -41,6 +41,12 @@ def test_a_named_checkpoint_is_verified(folder):
         choose_checkpoint(folder, str(path))
     with pytest.raises(UsageError, match="no such folder"):
         check_resume(folder, str(path) + "x")
+    check_resume(folder, str(path))
+    with pytest.raises(UsageError, match=f"no checkpoint .*; its newest is {path}"):
+        check_resume(folder, str(folder.path))
+    (path / MANIFEST).unlink()
+    with pytest.raises(UsageError, match="no checkpoint"):
+        check_resume(folder, str(path))
 
 
 def test_never_refuses_a_used_folder_on_the_first_rank(folder, monkeypatch):

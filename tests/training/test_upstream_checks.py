@@ -181,6 +181,14 @@ def test_models_that_the_patches_refuse(tmp_path, tiny_moe, entries, words):
         check_model(decide(options(tmp_path), model, CPU, {}), model)
 
 
+@pytest.mark.parametrize(("length", "is_told"), [("2048", False), ("999999", True)])
+def test_rows_beyond_the_positions_of_the_model(tmp_path, tiny_moe, caplog, length, is_told):
+    model = model_on_meta(tiny_moe.config)
+    assert model.config.max_position_embeddings >= 2048
+    check_model(decide(options(tmp_path, "--max_length", length), model, CPU, {}), model)
+    assert (f"--max_length {length}: the model was made for" in caplog.text) == is_told
+
+
 # ---- disk ----
 
 
