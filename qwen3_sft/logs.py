@@ -47,12 +47,13 @@ def once_per_node(
         report: takes a message.
         exit_file: QWEN3_SFT_EXIT_FILE, which all processes of our launcher share; None without it.
     """
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
     def say(text: str) -> None:
         if exit_file is not None:
-            said = zlib.crc32(text.encode())
-            mark = Path(f"{exit_file}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{said}")
-            end = time.monotonic() + (0 if os.environ.get("LOCAL_RANK", "0") == "0" else _PATIENCE_S)
+            mark = Path(f"{exit_file}-{attempt}-{zlib.crc32(text.encode())}")
+            end = time.monotonic() + (0 if is_first else _PATIENCE_S)
             while not mark.exists() and time.monotonic() < end:
                 time.sleep(_POLL_S)
             try:

@@ -35,6 +35,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def demo(self) -> Path:
+        """The demo's model and conversations."""
+        return self.path / "base"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object per logged step."""
         return self.path / "metrics.jsonl"
