@@ -6,7 +6,8 @@
 #
 # An environment that is active is used as it is when the package is installed in it; it is changed
 # only after a "y" at the prompt, or when QWEN3_SFT_INSTALL=1 says so beforehand. Without one, or with
-# nothing but conda's base, .venv is made beside this file.
+# nothing but conda's base, .venv is made beside this file; a .venv that is a link is somebody
+# else's, and is treated like an active one.
 
 # With CDPATH set, `cd folder` may go elsewhere and prints where.
 QWEN3_SFT_HOME="$(unset CDPATH && cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
@@ -60,7 +61,8 @@ _use_active() { # EXTRA
   if [ "$answer" != y ] && [ "$answer" != Y ]; then
     _say "$where is active and lacks the package${1:+ with its extra [$1]} of this folder,"
     _say "$QWEN3_SFT_HOME. Nothing was changed. Either"
-    _say "  - deactivate it, and an own environment is made in $QWEN3_SFT_HOME/.venv, or"
+    _say "  - deactivate it, or remove it if it is a link, and an own environment is made in"
+    _say "    $QWEN3_SFT_HOME/.venv, or"
     _say "  - run again with QWEN3_SFT_INSTALL=1 to install into it."
     return 2
   fi
@@ -71,6 +73,10 @@ _unlock() { if command -v flock >/dev/null 2>&1; then flock -u 9; fi; }
 
 _use_own() { # EXTRA
   local venv="$QWEN3_SFT_HOME/.venv" python ready wanted
+  if [ -L "$venv" ]; then
+    VIRTUAL_ENV="$venv" _use_active "$1"
+    return
+  fi
   ready="$venv/.ready${1:+-$1}"
   wanted="$(cat "$QWEN3_SFT_HOME/constraints.txt" "$QWEN3_SFT_HOME/setup.py" | cksum)"
   QWEN3_SFT_PYTHON="$venv/bin/python"

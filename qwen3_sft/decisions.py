@@ -7,6 +7,7 @@ what follows from the data or a checkpoint does not.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,8 @@ from qwen3_sft.plan.zero3_units import Unit, check_zero3
 from qwen3_sft.plan.zero3_units import describe as describe_units
 from qwen3_sft.training.arguments import check_packages, completed
 from qwen3_sft.training.upstream_checks import check_arguments, check_optimizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ def check_options(
 ) -> None:
     """Refuse what needs no model to be refused, before one is downloaded.
 
-    `decide` comes to the same errors; it needs the model.
+    `decide` comes after it; it asks for packages no second time.
 
     Args:
         options: as they were given.
@@ -231,6 +234,17 @@ def check_model(decisions: Decisions, model: PreTrainedModel) -> None:
     except monkey_patch.PatchError as error:
         raise ModelError(f"{name}: {error}") from error
     check_optimizer(decisions.options.train, decisions.optimizer, model)
+    length, known = decisions.options.data.max_length, _positions(model)
+    if known is not None and length > known and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "--max_length %d: the model was made for %d positions (max_position_embeddings of "
+            "config.json); documents beyond them are trained where it knows nothing, unless "
+            "rope_parameters extends it", length, known,
+        )  # fmt: skip
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_disk(decisions: Decisions, model: PreTrainedModel) -> None:
@@ -255,7 +269,6 @@ def _for_device(
 ) -> Decisions:
     """Decide what depends on this machine's device and packages."""
     options, engine = decisions.options, decisions.engine
-    check_packages(options.train, engine)
     wanted = options.model.attn_implementation
     fp8 = choose_fp8(options.model, device, packing=options.data.packing)
     is_zero3, text = engine.kind == "zero3", model.config.get_text_config()

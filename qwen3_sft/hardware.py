@@ -63,6 +63,7 @@ _A800 = "A100's compute, NVLink cut to 400 GB/s: NVIDIA A800 datasheet"
 _L40S = "NVIDIA L40S datasheet (dense figures printed)"
 _ADA = "NVIDIA Ada architecture white paper v2.02, appendix A (FP32 accumulate)"
 _RTX_BLACKWELL = "NVIDIA RTX Blackwell architecture white paper, table 3 (FP32 accumulate)"
+_RTX_PRO = "NVIDIA RTX PRO Blackwell white paper, Workstation Edition (FP32 accumulate)"
 _BLACKWELL = (
     "NVIDIA Blackwell datasheet, individual GPU (half of 5 | 4.5 PFLOPS BF16, GB200 | B200)"
 )
@@ -85,6 +86,14 @@ DEVICES: tuple[DeviceSpec, ...] = (
     DeviceSpec("RTX 4090", ("GeForce RTX 4090",), 24_564, (165.2, 165.2, 82.6, 330.3, 82.6), _ADA),
     DeviceSpec(
         "RTX 5090", ("GeForce RTX 5090",), 32_607, (209.5, 209.5, 104.8, 419, 104.8), _RTX_BLACKWELL
+    ),
+    # Its Server and Max-Q editions have other clocks.
+    DeviceSpec(
+        "RTX PRO 6000",
+        ("RTX PRO 6000 Blackwell Workstation Edition",),
+        97_887,
+        (503.8, 503.8, 251.9, 1007.6, 126.0),
+        _RTX_PRO,
     ),
     DeviceSpec("B200", (), 183_359, (2250, 2250, 1100, 4500, 75), _BLACKWELL),
     DeviceSpec("GB200", (), 189_471, (2500, 2500, 1250, 5000, 80), _BLACKWELL),

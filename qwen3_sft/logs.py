@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import time
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 _SLOW_BYTES = 2 << 30  # about two seconds of a good disk
+_PATIENCE_S, _POLL_S = 1.0, 0.05
 # They report at import that CUDA extensions for other builds exist, which no user can act on.
 _CHATTY_AT_IMPORT = ("torchao", "torch.utils._pytree")
 # Says on every rank that a gather over two mesh dimensions takes two collectives.
@@ -29,6 +33,36 @@ def set_up_logging(stream: TextIO | None = None) -> None:
         log.propagate = False
     for name in (*_CHATTY_AT_IMPORT, *_CHATTY_WHEN_SHARDED):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def once_per_node(
+    report: Callable[[str], object], exit_file: str | None
+) -> Callable[[str], object]:
+    """Return a report that leaves out what another process of this node has said in these words.
+
+    Most mistakes meet every process alike. One that meets some alone is told by these; the first
+    process of a node has a moment to speak before the others.
+
+    Args:
+        report: takes a message.
+        exit_file: QWEN3_SFT_EXIT_FILE, which all processes of our launcher share; None without it.
+    """
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+    def say(text: str) -> None:
+        if exit_file is not None:
+            mark = Path(f"{exit_file}-{attempt}-{zlib.crc32(text.encode())}")
+            end = time.monotonic() + (0 if is_first else _PATIENCE_S)
+            while not mark.exists() and time.monotonic() < end:
+                time.sleep(_POLL_S)
+            try:
+                mark.touch(exist_ok=False)
+            except FileExistsError:
+                return
+        report(text)
+
+    return say
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def run(options: Options, peers: PeerWatch) -> int:
 
 
 def _run_in(folder: RunFolder, options: Options, peers: PeerWatch) -> int:
-    name, data = resolve_demo(options.model.model_name_or_path, options.data, folder.path / "base")
+    name, data = resolve_demo(options.model.model_name_or_path, options.data, folder.demo)
     # Before TrainingArguments exist: then even a model on the meta device would be sharded.
     checked = checked_base(resolve_model(name, options.model.model_revision))
     base = checked.folder

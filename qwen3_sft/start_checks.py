@@ -9,6 +9,7 @@ from typing import Any
 from qwen3_sft.checkpoints.finished import is_asked_for
 from qwen3_sft.checkpoints.resume import check_allowed, check_resume
 from qwen3_sft.data.readers import check_sources
+from qwen3_sft.demo.build import refuse_foreign, uses_demo
 from qwen3_sft.export.upload import check_token
 from qwen3_sft.options.paths import refuse_unwritable
 from qwen3_sft.options.recipe import Options
@@ -35,6 +36,8 @@ def check_start(folder: RunFolder, options: Options) -> dict[str, Any] | None:
         return summary
     if is_first:
         refuse_foreign_export(folder.model)
+        if uses_demo(options.model.model_name_or_path, options.data):
+            refuse_foreign(folder.demo)
     check_token(options.train)
     check_resume(folder, options.train.resume)
     return None

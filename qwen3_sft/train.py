@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from qwen3_sft.errors import DONE, INTERRUPTED, exit_code_of, unless_stopped
-from qwen3_sft.logs import set_up_logging
+from qwen3_sft.logs import once_per_node, set_up_logging
 from qwen3_sft.options.command_line import read_options
 from qwen3_sft.options.help_text import help_for
 from qwen3_sft.options.variables import check_launcher_variables
@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     exit_file = os.environ.get("QWEN3_SFT_EXIT_FILE")
     # Our launcher says once, for all its processes, that they were stopped.
     report_stop = logger.debug if exit_file else logger.info
-    code = unless_stopped(lambda: exit_code_of(lambda: _train(words), logger.error), report_stop)
+    report = once_per_node(logger.error, exit_file)
+    code = unless_stopped(lambda: exit_code_of(lambda: _train(words), report), report_stop)
     if exit_file:
         Path(exit_file).write_text(str(code), encoding="utf-8")
     may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0

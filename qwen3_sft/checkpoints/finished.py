@@ -84,10 +84,11 @@ def _changed(
 def _same_content(folder: RunFolder, name: str, options: Options) -> bool | None:
     """Whether the files of a dataset hold what was trained; None where they are not at hand."""
     sources = [e.path for e in read_entries(getattr(options.data, name), f"--{name}")]
-    report = folder.path / _DATASETS[name]
-    if not sources or not report.is_file() or not all(Path(source).exists() for source in sources):
+    report = _DATASETS[name]
+    is_there = (folder.path / report).is_file()
+    if not sources or not is_there or not all(Path(source).exists() for source in sources):
         return None
-    recorded = json.loads(report.read_text(encoding="utf-8")).get("fingerprints", {})
+    recorded = folder.read_json(report).get("fingerprints", {})
     return recorded.get("data") == data_fingerprint(options.data, eval=name == "eval_dataset")
 
 

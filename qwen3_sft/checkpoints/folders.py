@@ -16,7 +16,7 @@ import re
 import shutil
 from pathlib import Path
 
-from qwen3_sft.checkpoints.manifest import MANIFEST, read_manifest, verify
+from qwen3_sft.checkpoints.manifest import MANIFEST, added_files, read_manifest, verify
 from qwen3_sft.errors import CheckpointError
 from qwen3_sft.records.ownership import EXPORT_MARK, is_export
 
@@ -85,8 +85,11 @@ def publish(staged: Path, final: Path) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder is empty, a checkpoint that we sealed, whole or not, or an export."""
-    return folder.is_dir() and (not any(folder.iterdir()) or is_sealed(folder) or is_export(folder))
+    """Whether a folder is empty, or a checkpoint that we sealed or an export, and nothing more."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    is_checkpoint = is_sealed(folder) and not added_files(folder)
+    return is_checkpoint or is_export(folder) or not any(folder.iterdir())
 
 
 def is_sealed(folder: Path) -> bool:
@@ -106,17 +109,29 @@ def refuse_foreign(folder: Path) -> None:
     """
     if folder.exists() and not is_ours(folder):
         raise CheckpointError(
-            f"{folder} was not written by us (it has no {MANIFEST}) and is not replaced: move it "
+            f"{folder} was not written by us ({_foreign(folder)}) and is not replaced: move that "
             "away, or choose another --output_dir"
         )
+
+
+def _foreign(folder: Path) -> str:
+    """Return in words what makes a folder another's than ours, wholly or in part."""
+    if folder.is_symlink():
+        return "it is a link"
+    if not is_sealed(folder):
+        return f"it has no {MANIFEST}"
+    return f"no save wrote {', '.join(added_files(folder)[:3])}"
 
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint; one that is removed by half does not look like one.
 
     Raises:
+        CheckpointError: it is a link, or somebody has put files into it.
         OSError: it cannot be removed.
     """
+    if not is_ours(folder):
+        raise CheckpointError(f"{folder} stays: {_foreign(folder)}")
     removed = folder.with_name(_REMOVED + folder.name)
     if removed.exists():
         shutil.rmtree(removed)

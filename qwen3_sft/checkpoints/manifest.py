@@ -121,6 +121,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def added_files(folder: Path) -> list[str]:
+    """Return what somebody has put into a checkpoint since it was sealed.
+
+    Raises:
+        CheckpointError: it has no manifest.
+    """
+    known = {MANIFEST, *read_manifest(folder)["files"]}
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return [name for path in paths if (name := path.relative_to(folder).as_posix()) not in known]
+
+
 def _own_hash(content: Mapping[str, Any]) -> str:
     """Return the hash of all that a manifest says beside it."""
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3_sft.checkpoints.folders import newest_verified, put_back
-from qwen3_sft.checkpoints.manifest import read_manifest, verify
+from qwen3_sft.checkpoints.folders import checkpoints, newest_verified, put_back
+from qwen3_sft.checkpoints.manifest import MANIFEST, read_manifest, verify
 from qwen3_sft.checkpoints.trust import check_best, refuse_foreign_code
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.distributed.rank_zero import on_first_rank
@@ -185,10 +185,10 @@ def check_resume(run: RunFolder, resume: str) -> None:
     """Find a mistake in `--resume` before anything expensive begins.
 
     Raises:
-        UsageError: `never` with a used folder, or a path that is no folder.
+        UsageError: `never` with a used folder, or a path that is no checkpoint.
     """
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
-        raise UsageError(f"--resume {resume}: no such folder (or `auto`, or `never`)")
+    if resume not in ("auto", "never"):
+        _require_checkpoint(Path(resume))
     # Rank 0 decides: it may have begun to write by the time others look.
     if resume != "never" or int(os.environ.get("RANK", "0")):
         return
@@ -198,6 +198,15 @@ def check_resume(run: RunFolder, resume: str) -> None:
             f"--resume never: {run.path} is not empty ({', '.join(sorted(used)[:4])}); choose "
             "another --output_dir or leave --resume at auto"
         )
+
+
+def _require_checkpoint(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(f"--resume {folder}: no such folder (or `auto`, or `never`)")
+    if not (folder / MANIFEST).is_file():
+        inside = checkpoints(folder)
+        newest = f"; its newest is {inside[-1]}" if inside else ""
+        raise UsageError(f"--resume {folder}: no checkpoint (it has no {MANIFEST}){newest}")
 
 
 def choose_checkpoint(run: RunFolder, resume: str) -> Path | None:

@@ -75,6 +75,8 @@ def _is_whole(folder: Path) -> bool:
 def _remove(folder: Path, reason: str) -> None:
     try:
         remove(folder)
+    except CheckpointError as error:
+        logger.warning("%s; --save_total_limit would remove it", error)
     except OSError as error:  # the new checkpoint is whole all the same
         logger.warning("%s could not be removed: %s", folder, error)
     else:

@@ -60,11 +60,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("folder")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument(
-        "--export_layout", choices=("hub", "fused"), default="hub",
+        "--export_layout", "--export-layout", choices=("hub", "fused"), default="hub",
         help="names of the weights: the released models', or transformers 5's own",
     )  # fmt: skip
     parser.add_argument(
-        "--trust_checkpoint", nargs="?", const="true", default="false", choices=("true", "false"),
+        "--trust_checkpoint", "--trust-checkpoint", nargs="?", const="true", default="false",
+        choices=("true", "false"),
         help="load it although that might run code; only if you know who wrote it",
     )  # fmt: skip
     own = parser.parse_args(argv)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3_sft.errors import DONE
@@ -53,13 +52,14 @@ def _prepared(argv: list[str], fmt: str) -> list[str]:
     from qwen3_sft.model.loading import load_tokenizer, resolve_tokenizer
     from qwen3_sft.options.recipe import parse_options
     from qwen3_sft.records.ownership import refuse_foreign_run
+    from qwen3_sft.records.run_folder import RunFolder
 
     options = parse_options(argv)
-    folder = Path(options.output_dir)
-    refuse_foreign_run(folder)  # where a demo is built
+    folder = RunFolder(options.output_dir)
+    refuse_foreign_run(folder.path)  # where a demo is built
     check_sources(options.data)
     # As a run does, so that it finds what is made here.
-    name, data = resolve_demo(options.model.model_name_or_path, options.data, folder / "base")
+    name, data = resolve_demo(options.model.model_name_or_path, options.data, folder.demo)
     tokenizer = load_tokenizer(resolve_tokenizer(name, options.model.model_revision))
     tokens = prepare_tokens(data, tokenizer, options.train.seed)
     named = {"dataset": tokens.train, "evaluation": tokens.eval}

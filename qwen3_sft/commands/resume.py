@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from qwen3_sft.checkpoints.manifest import read_manifest, verify
 from qwen3_sft.errors import DONE, FAILED, CheckpointError, UsageError
 from qwen3_sft.launch.launch import launch
 from qwen3_sft.logs import set_up_logging
+from qwen3_sft.options.command_line import read_options
 from qwen3_sft.options.paths import expanded
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ def resume_command(argv: list[str]) -> int:
     """Run `RUN [--verify] [--option value ...]`; return the exit code.
 
     Raises:
-        UsageError: RUN is no run folder.
+        UsageError: RUN is no run folder, its config.yaml is damaged, or an option is wrong.
         CheckpointError: with --verify, there is no whole checkpoint.
     """
     set_up_logging()
@@ -52,10 +54,17 @@ def resume_command(argv: list[str]) -> int:
     own.run = Path(expanded(own.run, "RUN"))
     config = own.run / "config.yaml"
     if not config.is_file():
-        raise UsageError(f"{own.run} is no run folder: it has no config.yaml")
+        raise UsageError(_no_run(own.run))
+    read_options(["--config", str(config), *options])
     if own.verify:
         return verify_resume(own.run, config, options)
     return launch(["--config", str(config), "--output_dir", str(own.run), *options])
+
+
+def _no_run(folder: Path) -> str:
+    text = f"{folder} is no run folder: it has no config.yaml"
+    of_it = Path(os.path.abspath(folder)).parent
+    return f"{text}; did you mean {of_it}?" if (of_it / "config.yaml").is_file() else text
 
 
 def verify_resume(run: Path, config: Path, options: list[str]) -> int:

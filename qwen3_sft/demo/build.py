@@ -30,12 +30,8 @@ def build_demo(folder: Path) -> tuple[Path, Path]:
     Raises:
         UsageError: what lies in the folder is not a demo.
     """
+    refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not (folder / _LOCK).exists():
-        raise UsageError(
-            f"{folder} holds something else than a demo, which is built there: choose another "
-            "--output_dir, or move that away"
-        )
     model, data = folder / "model", folder / "conversations.jsonl"
     with FileLock(folder / _LOCK):
         if not data.exists():  # written last, so its presence means that both are whole
@@ -52,6 +48,27 @@ def build_demo(folder: Path) -> tuple[Path, Path]:
     return model, data
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a folder that is there and holds something else than a demo.
+
+    Raises:
+        UsageError: naming it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: a file stands where the demo is built; remove it")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _LOCK).exists():
+        raise UsageError(
+            f"{folder} holds something else than a demo, which is built there: choose another "
+            "--output_dir, or move that away"
+        )
+
+
+def uses_demo(model: str, data: DataArguments) -> bool:
+    """Whether the name `demo` stands for a model or for data."""
+    entries = read_entries(data.dataset, "--dataset")
+    return NAME in (model, *(entry.path for entry in entries))
+
+
 def resolve_demo(
     model: str, data: DataArguments, folder: Path | None = None
 ) -> tuple[str, DataArguments]:
@@ -62,8 +79,7 @@ def resolve_demo(
         data: its `dataset` may contain `demo`.
         folder: where to build it; by default ~/.cache/qwen3_sft/demo.
     """
-    entries = read_entries(data.dataset, "--dataset")
-    if NAME not in (model, *(entry.path for entry in entries)):
+    if not uses_demo(model, data):
         return model, data
     demo_model, demo_data = build_demo(folder or Path.home() / ".cache" / "qwen3_sft" / "demo")
     sources = with_paths(

@@ -20,6 +20,9 @@ from qwen3_sft.logs import set_up_logging
 
 logger = logging.getLogger(__name__)
 
+# Says of each process that it is ended because another one was, and with which code that ended.
+_TORCH = "torch.distributed.elastic.multiprocessing.api"
+
 
 def quiet(command: list[str]) -> list[str]:
     """Return a command `PYTHON -m MODULE ARGS` that runs the module through this one."""
@@ -31,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    logging.getLogger(_TORCH).setLevel(logging.CRITICAL)  # after its import, which sets it
     module, *words = sys.argv[1:] if argv is None else argv
     sys.argv = [module, *words]
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwen3_sft.model.base_files import read_headers
-from qwen3_sft.model.config_file import read_config
+from qwen3_sft.model.config_file import check_generation, read_config
 from qwen3_sft.model.loading import load_tokenizer
 from qwen3_sft.model.meta_model import meta_model
 from qwen3_sft.model.quantised import refuse_quantised_headers
@@ -45,4 +45,5 @@ def checked_base(folder: Path) -> Base:
     check_fit(model, headers, folder)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, model.config, folder)
+    check_generation(folder)
     return Base(folder, model, tokenizer)

@@ -72,12 +72,19 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     check_file(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_number)
     except ValueError as error:  # of the decoder of UTF-8, too
         raise ModelError(f"{path}: no JSON ({error}); copy or download it again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path}: holds a JSON {type(content).__name__}, and not an object")
     return content
+
+
+def _number(word: str) -> float:
+    """Take Infinity, which some configs hold; NaN is nobody's intention."""
+    if word == "NaN":
+        raise ValueError("NaN is no value")
+    return float(word)
 
 
 def weight_files(folder: Path) -> list[Path]:

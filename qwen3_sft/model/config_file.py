@@ -9,15 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from qwen3_sft.errors import ModelError
+from qwen3_sft.errors import ModelError, told_as
 from qwen3_sft.families.family import require
 from qwen3_sft.model.base_files import read_object
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 # What decides shapes; where one is missing, transformers takes that of a model nobody has.
 _SIZES = (
     "vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers",
@@ -45,13 +46,32 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def check_generation(folder: Path) -> None:
+    """Refuse a generation_config.json that the export, which copies it, could not use.
+
+    Raises:
+        ModelError: naming the file, and the entry if one is at fault.
+    """
+    path = folder / GENERATION
+    if not path.exists() and not path.is_symlink():
+        return
+    for name, value in read_object(path).items():
+        ids = value if isinstance(value, list) else [value]
+        if name.endswith("_token_id") and any(type(i) is not int for i in ids if i is not None):
+            raise ModelError(f"{path}: {name} is {value!r}, it must be the id of a token")
+    wrong = (ValueError, TypeError, AttributeError, OSError)
+    with told_as(ModelError, f"{path}: cannot be used", *wrong):
+        GenerationConfig.from_pretrained(folder)
+
+
 def _without_config(folder: Path) -> str:
     text = f"{folder}: no config.json; --model_name_or_path must name a checkpoint"
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         base = read_object(adapter).get("base_model_name_or_path")
+        named = f" {base}" if base else ""
         return (
-            f"{folder}: a LoRA adapter, not a model: merge it into its base {base} with "
+            f"{folder}: a LoRA adapter, not a model: merge it into its base{named} with "
             "`merge_and_unload` of PEFT and name the folder of the result"
         )
     inside = [folder / "model", *sorted(folder.glob("snapshots/*")), *sorted(folder.glob("*/"))]

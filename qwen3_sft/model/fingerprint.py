@@ -7,6 +7,9 @@ from pathlib import Path
 
 import xxhash
 
+from qwen3_sft.model.base_files import read_object, weight_files
+from qwen3_sft.model.config_file import CONFIG
+
 _SAMPLE_BYTES = 1024
 
 
@@ -14,17 +17,21 @@ def model_fingerprint(folder: Path) -> str:
     """Return a hash of a model's configuration and of the beginning of each of its tensors.
 
     Weights that differ further inside their tensors alone pass as the same ones; what trains or
-    merges a model changes them everywhere.
+    merges a model changes them everywhere. Files that transformers does not read do not count.
 
     Args:
         folder: with config.json and whole `*.safetensors`.
+
+    Raises:
+        ModelError: config.json or a file of weights is missing.
     """
     hasher = xxhash.xxh3_128()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / CONFIG)
     config.pop("transformers_version", None)
     hasher.update(json.dumps(config, sort_keys=True).encode())
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with file.open("rb") as stream:
+            # The safetensors package tells no offsets, and reading tensors maps whole files.
             size = int.from_bytes(stream.read(8), "little")
             tensors = json.loads(stream.read(size))
             tensors.pop("__metadata__", None)

@@ -16,15 +16,16 @@ from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.distributed.utils import is_local_dist_rank_0
 
 from qwen3_sft.distributed.engine import Engine
-from qwen3_sft.errors import ModelError
+from qwen3_sft.errors import ModelError, said
 from qwen3_sft.families.family import family_of, require_by_name
 from qwen3_sft.logs import progress_bars
 from qwen3_sft.model.attention_trial import VARLEN
-from qwen3_sft.model.base_files import INDEX, check_file, read_headers
+from qwen3_sft.model.base_files import INDEX, read_headers
 from qwen3_sft.model.config_file import CONFIG, read_config
 from qwen3_sft.model.host_memory import blocks_given_back, reserve_weights
 from qwen3_sft.model.quantised import FILES as LEGACY_FILES
 from qwen3_sft.model.quantised import refuse_quantised
+from qwen3_sft.model.tokenizer_files import FILES as TOKENIZER_FILES
 from qwen3_sft.model.tokenizer_files import read_tokenizer
 from qwen3_sft.model.trust import load_config
 from qwen3_sft.model.vocabulary import check_control_tokens
@@ -37,16 +38,6 @@ _ALONE = Engine("single")
 # What says what a model is; without weights and vocabulary.
 CONFIG_FILES = (CONFIG, INDEX, *LEGACY_FILES)
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
-# What a checkpoint folder holds beside the weights, and what an export copies unchanged.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def resolve_model(name: str, revision: str | None = None) -> Path:
@@ -97,6 +88,8 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError
 
+    if Path(name).exists():
+        raise ModelError(f"--model_name_or_path {name}: a file; name the folder that it lies in")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep + os.sep in name:
         raise ModelError(f"--model_name_or_path {name}: no such folder")
     try:
@@ -104,7 +97,7 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     except (OSError, HTTPError, HFValidationError) as error:  # OSError: offline, gated, disk full
         raise ModelError(
             f"--model_name_or_path {name}: neither a folder nor a hub model that can be fetched "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {said(error)})"
         ) from error
 
 
@@ -115,9 +108,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ModelError: a file is damaged, it is no fast tokenizer, its control tokens are not those of
             Qwen3, or one that was added contains them.
     """
-    for path in (folder / name for name in TOKENIZER_FILES):
-        if path.exists() or path.is_symlink():
-            check_file(path)
     tokenizer: Any = read_tokenizer(folder)
     check_control_tokens(tokenizer, folder)
     if tokenizer.pad_token_id is None:

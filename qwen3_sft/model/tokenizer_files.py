@@ -9,12 +9,14 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qwen3_sft.errors import ModelError, told_as
+from qwen3_sft.model.base_files import check_file
 
 _JSON_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json",
 )  # fmt: skip
-_OTHERS = ("merges.txt", "chat_template.jinja")
+# What a checkpoint folder holds beside the weights, and what an export copies unchanged.
+FILES = (*_JSON_FILES, "merges.txt", "chat_template.jinja")
 _HINT = "copy the tokenizer's files from the released model"
 
 
@@ -24,10 +26,11 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none, or a file of it is damaged; the message names the file.
     """
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+    found = [path for path in (folder / name for name in FILES) if _is_there(path)]
+    if not {path.name for path in found} & {"tokenizer.json", "vocab.json"}:
         raise ModelError(f"{folder}: has no tokenizer (tokenizer.json); {_HINT}")
-    for name in (*_JSON_FILES, *_OTHERS):
-        _check_file(folder / name)
+    for path in found:
+        _check_file(path)
     # tokenizers 0.23 raises nothing narrower than Exception, transformers 5 whatever comes up.
     with told_as(ModelError, f"{folder}: its tokenizer cannot be loaded ({_HINT})", Exception):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -35,9 +38,12 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()  # to what is gone, which is told
+
+
 def _check_file(path: Path) -> None:
-    if not path.exists():
-        return
+    check_file(path)
     with told_as(ModelError, f"{path}: cannot be read ({_HINT})", OSError, ValueError):
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.name in _JSON_FILES else {}

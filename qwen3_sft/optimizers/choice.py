@@ -88,6 +88,11 @@ class OptimizerChoice:
         return {pair.split("=", 1)[0]: pair.split("=", 1)[-1] for pair in pairs if pair}
 
     @property
+    def own_arguments(self) -> set[str]:
+        """Names in `optim_args` that this project reads, and not transformers."""
+        return {"states"} | ({_ROUNDS} if self.row.rounds else set())
+
+    @property
     def has_fp8_states(self) -> bool:
         """Whether its codes are float8, which need no table."""
         return self.given.get("states") == "fp8"

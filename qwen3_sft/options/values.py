@@ -70,6 +70,11 @@ def _is_object(text: str) -> bool:
         return False
 
 
+def _is_pair(text: str) -> bool:
+    name, _, value = text.partition("=")
+    return bool(name and value)
+
+
 def _are_pairs(text: str) -> bool:
     return all(part.count("=") == 1 and part[0] != "=" for part in text.split(","))
 
@@ -84,6 +89,7 @@ RULES: dict[str, Rule] = {
     # ---- model ----
     "fsdp_size": _ALL_OR_COUNT, "ep_size": _COUNT, "dp_replicate_size": _COUNT,
     # ---- data ----
+    "columns": Rule("KNOWN=NAME, such as prompt=question", _is_pair, ("prompt", "=a", "a=")),
     "max_rows": _COUNT, "num_proc": _COUNT, "max_length": _at_least(8), "max_drop_fraction": _SHARE,
     "eval_fraction": Rule("0 to 0.5", lambda value: 0 <= value <= 0.5, ("0.6", "-0.1", "nan")),
     # ---- steps ----
@@ -112,7 +118,6 @@ RULES: dict[str, Rule] = {
     "dataloader_num_workers": _at_least(0), "dataloader_prefetch_factor": _COUNT,
     "ddp_bucket_cap_mb": _COUNT,
 }  # fmt: skip
-# Reporters name files after them.
 # --optim -> the package that has it; what is not listed comes with torch or transformers.
 _BNB = (
     "adamw_bnb_8bit", "adamw_8bit", "ademamix", "ademamix_8bit", "lion_8bit", "lion_32bit",
@@ -126,7 +131,9 @@ _BY_PREFIX = {
     "adamw_torch_npu_fused": "torch_npu", "adamw_torch_4bit": "torchao",
     "adamw_torch_8bit": "torchao",
 }  # fmt: skip
+# Reporters name files after them.
 _NAMES = ("run_name", "project")
+_TOO_LARGE = 2**32  # what counts in 64 bits multiplies two of them
 # Whose default is empty; without a model a run is refused with a sentence of its own.
 _EMPTY = ("model_name_or_path", "debug")
 
@@ -149,6 +156,8 @@ def check_value(name: str, value: Any) -> None:
     refuse(name, value)
     rule = RULES.get(name)
     for word in words:
+        if type(word) is int and abs(word) >= _TOO_LARGE:
+            raise UsageError(f"--{name} {word}: too large; nothing here has so many")
         if rule is not None and not rule.holds(word):
             raise UsageError(f"--{name} {word}: must be {rule.words}")
     if name in _NAMES:

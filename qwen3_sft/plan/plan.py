@@ -50,7 +50,10 @@ class Gpu:
         if spec := find_device(name):
             return cls(spec.name, spec.memory_gib)
         where = where or f"--gpus {name}"
-        raise UsageError(f"{where}: unknown; known are {', '.join(device_names())}")
+        raise UsageError(
+            f"{where}: unknown; known are {', '.join(device_names())}, and of other makers than "
+            "NVIDIA none: the kernels are neither compiled nor tested for those"
+        )
 
     @property
     def reserve_gib(self) -> float:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from qwen3_sft.errors import UsageError
+from qwen3_sft.errors import UsageError, said
 from qwen3_sft.records.ownership import mark_run, refuse_foreign_export
 from qwen3_sft.records.run_folder import RunFolder
 
@@ -105,7 +105,7 @@ def held(lock: Path, folder: Path) -> Iterator[None]:
     try:
         is_taken = _take(lock, folder, me)
     except OSError as error:
-        raise UsageError(f"{folder}: cannot be locked, {error}") from error
+        raise UsageError(f"{folder}: cannot be locked ({lock}: {said(error)})") from error
     try:
         yield
     finally:

@@ -35,6 +35,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def demo(self) -> Path:
+        """The demo's model and conversations."""
+        return self.path / "base"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object per logged step."""
         return self.path / "metrics.jsonl"
@@ -68,14 +73,38 @@ class RunFolder:
             raise UsageError(f"--output_dir {self.path}: not writable")
 
     def summary(self) -> dict[str, Any] | None:
-        """Return the summary of a finished run, None of any other."""
-        if not self.summary_file.is_file():
-            return None
-        return json.loads(self.summary_file.read_text(encoding="utf-8"))
+        """Return the summary of a finished run, None of any other.
+
+        Raises:
+            UsageError: it is damaged.
+        """
+        return self.read_json(self.summary_file.name) if self.summary_file.is_file() else None
 
     def reopen(self) -> None:
         """Take the sign of a finished run away: it goes on."""
         self.summary_file.unlink(missing_ok=True)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return one record.
+
+        Raises:
+            UsageError: it holds no JSON object, as after a crash of the machine.
+        """
+        path = self.path / name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # JSON and UTF-8 alike
+            raise UsageError(f"{path}: {self._damaged(str(error))}") from error
+        if not isinstance(content, dict):
+            raise UsageError(f"{path}: {self._damaged(f'a {type(content).__name__}')}")
+        return content
+
+    @staticmethod
+    def _damaged(found: str) -> str:
+        return (
+            f"damaged ({found}); remove it, and the run goes on from its newest checkpoint, or "
+            "choose another --output_dir"
+        )
 
     def write_json(self, name: str, content: Any) -> None:
         """Write one record, replaced as a whole."""

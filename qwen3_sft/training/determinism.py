@@ -10,6 +10,7 @@ CUBLAS_WORKSPACE_CONFIG before its first use), and some of torch's own operators
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -25,4 +26,5 @@ def make_deterministic() -> None:
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)
     # It would fill what is allocated, against reads of what was never written: a debugging aid.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    switches: Any = torch.utils.deterministic
+    switches.fill_uninitialized_memory = False

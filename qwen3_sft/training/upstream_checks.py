@@ -8,6 +8,7 @@ one says more; upstream's own code then judges the rest.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer
@@ -35,6 +36,8 @@ _REPORTERS = {
     "trackio": ("is_trackio_available", "trackio"),
     "wandb": ("is_wandb_available", "wandb"),
 }
+# A count, a rate, a switch and a dtype are never written so.
+_ODD = "3.25"
 _FOLLOWS_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -128,7 +131,7 @@ def check_optimizer(train: TrainDraft, choice: OptimizerChoice, model: PreTraine
         model: on the meta device.
 
     Raises:
-        UsageError: a package is missing, or an argument is unknown or wrong.
+        UsageError: a package is missing, or an argument is unknown, wrong or read by nobody.
     """
     asked = replace(train, optim=OptimizerNames(choice.optim))
     try:
@@ -139,3 +142,38 @@ def check_optimizer(train: TrainDraft, choice: OptimizerChoice, model: PreTraine
     except (ValueError, TypeError, ImportError, RuntimeError, NotImplementedError) as error:
         given = f" --optim_args {train.optim_args}" if train.optim_args else ""
         raise UsageError(f"--optim {choice.optim}{given}: {error}") from error
+    _check_read(asked, choice, model)
+
+
+def _check_read(asked: TrainDraft, choice: OptimizerChoice, model: PreTrainedModel) -> None:
+    """Refuse pairs of --optim_args that nothing reads.
+
+    transformers has no list of them: a name is read if an odd value of it is noticed.
+    """
+
+    def chosen(optim_args: str | None) -> Any:
+        draft = replace(asked, optim_args=optim_args)
+        return _without_tensors(Trainer.get_optimizer_cls_and_kwargs(draft, model)[1])
+
+    plain = chosen(None)
+    for name in choice.given.keys() - choice.own_arguments:
+        try:
+            is_read = chosen(f"{name}={_ODD}") != plain
+        except (ValueError, TypeError, AttributeError, RuntimeError):
+            is_read = True  # and found wrong
+        if not is_read:
+            raise UsageError(
+                f"--optim_args {name}={choice.given[name]}: --optim {choice.optim} does not read "
+                f"{name}; leave it out. Rates, betas, epsilon and weight decay have options"
+            )
+
+
+def _without_tensors(value: Any) -> Any:
+    """Return arguments that can be compared: tensors by identity."""
+    if isinstance(value, torch.Tensor):
+        return id(value)
+    if isinstance(value, dict):
+        return {key: _without_tensors(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(entry) for entry in value]
+    return value

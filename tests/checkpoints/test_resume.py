@@ -104,6 +104,8 @@ def test_a_base_model_is_known_by_its_weights_wherever_it_lies(tiny_moe, tmp_pat
                 tiny_moe.model.layers[1].mlp.gate.weight.neg_()
     one, moved, other = (model_fingerprint(tmp_path / n) for n in ("one", "moved", "other"))
     assert one == moved != other
+    (tmp_path / "moved" / "model.fp16.safetensors").write_bytes(b"beside it, and read by nobody")
+    assert model_fingerprint(tmp_path / "moved") == one
 
 
 FRESH = {

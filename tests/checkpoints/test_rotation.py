@@ -202,3 +202,31 @@ def test_names_like_those_of_leftovers_are_not_enough(tmp_path):
     model, staged = make(tmp_path / "model"), make(tmp_path / "staged")
     with pytest.raises(CheckpointError, match="replaced-model was not written by us"):
         publish(staged, model)
+
+
+def with_a_file(folder):
+    (folder / "sub" / "notes.txt").write_text("mine")
+
+
+def with_a_link(folder):
+    (folder / "model.gguf").symlink_to("/nowhere")
+
+
+def moved_to_another_disk(folder):
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize("change", [with_a_file, with_a_link, moved_to_another_disk])
+def test_what_a_user_put_into_a_checkpoint_stays(tmp_path, caplog, change):
+    for step in (3, 6, 9):
+        make(tmp_path / f"checkpoint-{step}")
+    change(tmp_path / "checkpoint-3")
+    before = {*(tmp_path / "checkpoint-3").resolve().rglob("*")}
+    rotate(tmp_path, 1, tmp_path / "checkpoint-9")
+    clear_leftovers(tmp_path)
+    assert {*names(tmp_path)} - {"elsewhere"} == {"checkpoint-3", "checkpoint-9"}
+    assert {*(tmp_path / "checkpoint-3").resolve().rglob("*")} == before
+    assert "checkpoint-3 stays: " in caplog.text
+    with pytest.raises(CheckpointError, match="checkpoint-3 was not written by us"):
+        publish(make(tmp_path / ".saving" / "checkpoint-3"), tmp_path / "checkpoint-3")

@@ -50,6 +50,21 @@ def test_an_unknown_gpu_lists_the_known_ones(capsys):
     assert all(device.name in printed for device in DEVICES)
 
 
+@pytest.mark.parametrize("verify", [[], ["--verify"]])
+def test_a_resume_needs_a_run_folder_and_right_options(tmp_path, capsys, verify):
+    run = tmp_path / "run"
+    (run / "checkpoint-2").mkdir(parents=True)
+    (run / "config.yaml").write_text("model_name_or_path: demo\ndataset: [demo]\n")
+    assert main(["resume", str(run / "checkpoint-2/"), *verify]) == 2
+    assert f"did you mean {run}?" in capsys.readouterr().err
+    assert main(["resume", str(run), "--max_steps", "x", *verify]) == 2
+    assert "--max_steps" in capsys.readouterr().err
+    for text in ("max_steps: [", "", "- a"):
+        (run / "config.yaml").write_text(text)
+        assert main(["resume", str(run), *verify]) == 2
+        assert capsys.readouterr().err.count("error: ") == 1
+
+
 def test_what_is_no_checkpoint_is_told_before_anything_is_read(tmp_path, capsys):
     def said(folder):
         assert main(["export", str(folder), str(tmp_path / "out")]) == 2

@@ -10,6 +10,8 @@ FAILS = """
 import sys
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+import logging
+logging.getLogger("torch.distributed.elastic.multiprocessing.api").error("failed (exitcode: 2)")
 assert __name__ == "__main__" and sys.argv[1:] == ["--x"], sys.argv
 raise LINE
 """

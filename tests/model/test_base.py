@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from qwen3_sft.errors import ModelError
 from qwen3_sft.model.base import checked_base
 from qwen3_sft.model.base_files import INDEX, read_headers
+from qwen3_sft.model.config_file import GENERATION
 from qwen3_sft.model.loading import load_strict, resolve_model
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7000000\n"
@@ -218,6 +219,13 @@ def text(file, content):
         (other_shape, r"1 of another shape: .*up_proj\.weight \(96, 127\), not \(96, 128\)"),
         (nested_as_run, r"no config\.json; .* such as .*/model"),
         (as_adapter, "a LoRA adapter, not a model: merge it into its base Qwen/X"),
+        (text("config.json", '{"rope_theta": NaN}'), r"config\.json: no JSON \(NaN"),
+        (text(GENERATION, "{"), r"generation_config\.json: no JSON"),
+        (text(GENERATION, "[]"), r"generation_config\.json: holds a JSON list"),
+        (text(GENERATION, '{"eos_token_id": "x"}'), r"eos_token_id is 'x', it must be the id"),
+        (text(GENERATION, '{"eos_token_id": [1, "2"]}'), r"eos_token_id is \[1, '2'\]"),
+        (text(GENERATION, '{"max_new_tokens": "a"}'), r"generation_config\.json: cannot be used"),
+        (text(GENERATION, LFS), r"generation_config\.json is a Git LFS pointer"),
     ],
     ids=lambda value: value if isinstance(value, str) else "made",
 )

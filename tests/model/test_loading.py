@@ -1,7 +1,9 @@
 import json
+import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from qwen3_sft.errors import ModelError
 from qwen3_sft.model.loading import load_model, load_strict, load_tokenizer, resolve_model
@@ -51,3 +53,31 @@ def test_missing_weights_are_named(base):
 def test_liger_needs_a_gpu(base):
     with pytest.raises(ModelError, match="--use_liger"):
         load_model(base, ModelArguments(use_liger=True), CPU, torch.float32, "sdpa")
+
+
+@pytest.fixture
+def hub(base, tmp_path, monkeypatch):
+    """A hub that nobody answers for, and its cache with one model in it."""
+    model = tmp_path / "hub" / "models--me--tiny"
+    shutil.copytree(base, model / "snapshots" / "abc")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    return model
+
+
+@pytest.mark.parametrize("is_offline", [True, False])
+def test_a_hub_id_without_a_network(hub, monkeypatch, is_offline):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+    assert resolve_model("me/tiny") == hub / "snapshots" / "abc"
+    for name, revision in (("me/other", None), ("me/tiny", "v9")):
+        with pytest.raises(ModelError, match=f"{name}: neither a folder nor a hub model") as told:
+            resolve_model(name, revision)
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_of_a_model_is_told(base, name):
+    with pytest.raises(ModelError, match=f"{name}: a file; name the folder"):
+        resolve_model(str(base / name))

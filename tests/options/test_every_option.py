@@ -26,10 +26,13 @@ FIELDS = {f.name: f for kind in KINDS for f in dataclasses.fields(kind) if f.ini
 TYPES = {name: hint for kind in KINDS for name, hint in get_type_hints(kind).items()}
 LEAST = ["--model_name_or_path", "some/model", "--dataset", "rows.jsonl"]
 SWITCHES = sorted(name for name in FIELDS if bool in (TYPES[name], *get_args(TYPES[name])))
-NUMBERS = sorted(
-    name for name in FIELDS
-    if {int, float} & {TYPES[name], *get_args(TYPES[name])} and name not in SWITCHES
-)  # fmt: skip
+
+
+def _kinds(name):
+    return {TYPES[name], *get_args(TYPES[name])}
+
+
+NUMBERS = sorted(name for name in FIELDS if {int, float} & _kinds(name) and name not in SWITCHES)
 CHOSEN = sorted(
     name for name in FIELDS if str(TYPES[name]).startswith("typing.Literal")
 )  # fmt: skip
@@ -154,6 +157,12 @@ def test_a_wrong_value(option, value, recipe):
         parse_options([*LEAST, f"--{option}={value}"])
     with pytest.raises(UsageError, match=rf"recipe\.yaml:1: .*--{option}\b"):
         parse_options([*recipe(f"{option}: '{value}'\n"), *LEAST])
+
+
+@pytest.mark.parametrize("option", [name for name in NUMBERS if float not in _kinds(name)])
+def test_a_count_that_no_counter_holds(option):
+    with pytest.raises(UsageError, match=named(option)):
+        parse_options([*LEAST, f"--{option}={10**20}"])
 
 
 @pytest.mark.parametrize(

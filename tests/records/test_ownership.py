@@ -155,6 +155,16 @@ def test_a_foreign_model_folder_is_refused_before_data_is_read(tmp_path, caplog)
     assert [p.name for p in out.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("dry", [(), ("--dry_run", "true")])
+@pytest.mark.parametrize("mine", ["base/notes.txt", "base"])
+def test_a_demo_is_built_in_no_folder_of_the_users(tmp_path, caplog, mine, dry):
+    out = fill(tmp_path / "out", mine)
+    words = ["--model_name_or_path", "demo", "--dataset", "demo", "--output_dir", str(out)]
+    assert run_command([*words, *dry]) == 2
+    assert f"{out}/base" in caplog.text
+    assert content(tmp_path) == {str(out / mine): b"mine"}
+
+
 # ---- what a run reads ----
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from qwen3_sft.checkpoints.manifest import seal
+from qwen3_sft.checkpoints.manifest import MANIFEST, seal
 from qwen3_sft.checkpoints.resume import check_resume, choose_checkpoint
 from qwen3_sft.errors import CheckpointError, UsageError
 from qwen3_sft.records.run_folder import RunFolder, versions
@@ -41,6 +41,12 @@ def test_a_named_checkpoint_is_verified(folder):
         choose_checkpoint(folder, str(path))
     with pytest.raises(UsageError, match="no such folder"):
         check_resume(folder, str(path) + "x")
+    check_resume(folder, str(path))
+    with pytest.raises(UsageError, match=f"no checkpoint .*; its newest is {path}"):
+        check_resume(folder, str(folder.path))
+    (path / MANIFEST).unlink()
+    with pytest.raises(UsageError, match="no checkpoint"):
+        check_resume(folder, str(path))
 
 
 def test_never_refuses_a_used_folder_on_the_first_rank(folder, monkeypatch):
@@ -59,6 +65,13 @@ def test_summary_marks_a_finished_run(folder):
     folder.write_json("summary.json", {"steps": 3, "word": "schön"})
     assert folder.summary() == {"steps": 3, "word": "schön"}
     assert [p.name for p in folder.path.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize("text", [b"", b'{"asked": ', b"[]", b"\xff\xfe"])
+def test_a_damaged_record_is_named(folder, text):
+    folder.summary_file.write_bytes(text)
+    with pytest.raises(UsageError, match=r"summary\.json: damaged .*; remove it"):
+        folder.summary()
 
 
 def test_a_folder_that_cannot_be_made_is_a_usage_error(tmp_path):

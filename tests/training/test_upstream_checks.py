@@ -138,6 +138,32 @@ def test_an_optimizer_is_built_once(tmp_path, tiny_moe, words, message):
 
 
 @pytest.mark.parametrize(
+    ("optim", "read", "ignored"),
+    [
+        ("adamw_torch_fused", (), ("foo=1", "amsgrad=true", "bf16_stochastic_round=True")),
+        ("sgd", ("momentum=0.9", "momentum=0.9,nesterov=true"), ("mumentum=0.9", "rank=8")),
+        ("rmsprop", ("alpha=0.99", "centered=false"), ("alfa=0.9",)),
+        ("adagrad", ("lr_decay=0.1",), ("momentum=0.9", "lr_decay=0.1,foo=1")),
+        ("adafactor", ("bf16_stochastic_round=True",), ("scale_parameter=True",)),
+        ("adamw_torch_8bit", ("block_size=256", "states=fp8"), ("blocksize=256",)),
+    ],
+)
+def test_pairs_of_optim_args_that_nothing_reads(tmp_path, tiny_moe, optim, read, ignored):
+    model = model_on_meta(tiny_moe.config)
+
+    def check(pairs):
+        asked = options(tmp_path, "--optim", optim, "--optim_args", pairs)
+        check_model(decide(asked, model, CPU, {}), model)
+
+    for pairs in read:
+        check(pairs)
+    for pairs in ignored:
+        name = pairs.rpartition(",")[2].partition("=")[0]
+        with pytest.raises(UsageError, match=f"--optim_args {name}=.*does not read {name}"):
+            check(pairs)
+
+
+@pytest.mark.parametrize(
     ("entries", "words"),
     [
         ({"mlp_only_layers": [0, 1]}, "no layer has experts"),
@@ -153,6 +179,14 @@ def test_models_that_the_patches_refuse(tmp_path, tiny_moe, entries, words):
     model = model_on_meta(config)
     with pytest.raises(ModelError, match=words):
         check_model(decide(options(tmp_path), model, CPU, {}), model)
+
+
+@pytest.mark.parametrize(("length", "is_told"), [("2048", False), ("999999", True)])
+def test_rows_beyond_the_positions_of_the_model(tmp_path, tiny_moe, caplog, length, is_told):
+    model = model_on_meta(tiny_moe.config)
+    assert model.config.max_position_embeddings >= 2048
+    check_model(decide(options(tmp_path, "--max_length", length), model, CPU, {}), model)
+    assert (f"--max_length {length}: the model was made for" in caplog.text) == is_told
 
 
 # ---- disk ----
