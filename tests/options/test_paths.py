@@ -115,7 +115,7 @@ def test_paths_of_the_other_commands(home, monkeypatch):
     seen = {}
     monkeypatch.setattr(resume_module, "launch", lambda argv: seen.update(resume=argv) or 0)
     (home / "run").mkdir()
-    (home / "run" / "config.yaml").write_text("seed: 7\n")
+    (home / "run" / "config.yaml").write_text("model_name_or_path: m\ndataset: d.jsonl\n")
     assert resume_module.resume_command(["~/run"]) == 0
     assert seen["resume"][1::2] == [f"{home}/run/config.yaml", f"{home}/run"]
     own = export_module.parse(["~/run/checkpoint-4", "$HOME/out"])
