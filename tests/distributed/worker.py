@@ -115,7 +115,7 @@ def _let_accelerate_shard_on_a_cpu() -> None:
 
 
 def _let_exports_be_checked_here() -> None:
-    """ZeRO-3 has a process of its own do it, ten seconds of imports; without its settings this can."""
+    """ZeRO-3 starts a process, ten seconds of imports; without its settings this one can do it."""
     from transformers.integrations import deepspeed
 
     original = export.verify

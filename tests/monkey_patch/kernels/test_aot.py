@@ -1,7 +1,7 @@
 """Ahead-of-time compilation, in processes of their own: the suite's process interprets kernels.
 
-Each test runs one of the scenarios below with `python -m tests.monkey_patch.kernels.test_aot NAME`
-and judges the JSON that it prints.
+The tests run scenarios below with `python -m tests.monkey_patch.kernels.test_aot NAME ...`, most of
+them in one process because of its imports, and judge the JSON that it prints.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ def copy_launch(device: str = "meta", *, size: int = 1 << 20, offset: int = 0) -
     return Launch(_copy_kernel, triton.cdiv(size, 1024), arguments)
 
 
-def run(scenario: str, folder: Any, **environment: str) -> Any:
+def run(*scenarios: str, folder: Any, **environment: str) -> dict[str, Any]:
     module = "tests.monkey_patch.kernels.test_aot"
-    return json.loads(run_compiling("-m", module, scenario, cache=folder, **environment))
+    return json.loads(run_compiling("-m", module, *scenarios, cache=folder, **environment))
 
 
 def signatures() -> Any:
@@ -162,7 +162,7 @@ def parallel() -> Any:
         "notes": notes,
         "compiled": first,
         "compiled again": again,
-        "found on disk": compiled,
+        "found on disk": list(compiled),
         "hashes": hashes,
         "seconds": aot.compile_all(good, "sm_90"),
         "mode": repr(_async_compile.active_mode.get()),
@@ -203,12 +203,19 @@ def on_the_device() -> Any:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return run("resources", tmp_path_factory.mktemp("cache"))
+def scenarios(tmp_path_factory):
+    """Answers by scenario: the first wants an empty cache, the last one breaks the tools."""
+    names = ("parallel", "signatures", "resources", "errors")
+    return run(*names, folder=tmp_path_factory.mktemp("cache"))
 
 
-def test_the_signature_is_the_one_of_a_launch(tmp_path):
-    found = run("signatures", tmp_path)
+@pytest.fixture
+def compiled(scenarios):
+    return scenarios["resources"]
+
+
+def test_the_signature_is_the_one_of_a_launch(scenarios):
+    found = scenarios["signatures"]
     plain = found["meta"]
     pointer, whole, fraction = "*bf16", "i32", "fp32"
     assert plain["types"] == {
@@ -263,8 +270,8 @@ def test_programs_per_multiprocessor(compiled):
     assert odd["programs_per_sm"] == 1
 
 
-def test_many_at_once(tmp_path):
-    found = run("parallel", tmp_path)
+def test_many_at_once(scenarios):
+    found = scenarios["parallel"]
     assert "BLOCK_K" in found["notes"][0], "the note names kernel and shape"
     assert "matmul_kernel for sm_90" in found["notes"][0]
     assert found["compiled"] == [False, False], "each signature once, in spite of the broken kernel"
@@ -275,8 +282,8 @@ def test_many_at_once(tmp_path):
     assert (found["mode"], found["driver"]) == ("None", "None"), "nothing stays switched on"
 
 
-def test_errors_say_what_is_missing(tmp_path):
-    found = run("errors", tmp_path)
+def test_errors_say_what_is_missing(scenarios):
+    found = scenarios["errors"]
     assert found["target"].startswith("ValueError: unknown target 'sm_75': choose from sm_80,")
     assert found["kind"].startswith("TypeError: copy_kernel: a triton.jit function is needed")
     for tool in ("ptxas", "cuobjdump", "nvdisasm"):
@@ -285,15 +292,16 @@ def test_errors_say_what_is_missing(tmp_path):
 
 
 def test_an_interpreting_process_is_told(tmp_path):
-    found = run("errors", tmp_path, TRITON_INTERPRET="1")
+    found = run("errors", folder=tmp_path, TRITON_INTERPRET="1")["errors"]
     assert found["target"].startswith("RuntimeError: copy_kernel cannot be compiled: Triton was")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
-    assert run("on_the_device", tmp_path) == [False, False, True, True]
+    found = run("on_the_device", folder=tmp_path)["on_the_device"]
+    assert found == [False, False, True, True]
 
 
 if __name__ == "__main__":
-    print(json.dumps(globals()[sys.argv[1]]()))  # noqa: T201
+    json.dump({name: globals()[name]() for name in sys.argv[1:]}, sys.stdout)
