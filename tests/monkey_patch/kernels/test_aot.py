@@ -1,7 +1,6 @@
 """Ahead-of-time compilation, in processes of their own: the suite's process interprets kernels.
 
-The tests run scenarios below with `python -m tests.monkey_patch.kernels.test_aot NAME ...`, most of
-them in one process because of its imports, and judge the JSON that it prints.
+`python -m tests.monkey_patch.kernels.test_aot SCENARIO ...` prints the JSON that the tests judge.
 """
 
 from __future__ import annotations
@@ -95,8 +94,8 @@ def copy_launch(device: str = "meta", *, size: int = 1 << 20, offset: int = 0) -
 
 
 def run(*scenarios: str, folder: Any, **environment: str) -> dict[str, Any]:
-    module = "tests.monkey_patch.kernels.test_aot"
-    return json.loads(run_compiling("-m", module, *scenarios, cache=folder, **environment))
+    words = ("-m", "tests.monkey_patch.kernels.test_aot", *scenarios)
+    return json.loads(run_compiling(*words, cache=folder, **environment))
 
 
 def signatures() -> Any:
@@ -209,14 +208,8 @@ def scenarios(tmp_path_factory):
     return run(*names, folder=tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture
-def compiled(scenarios):
-    return scenarios["resources"]
-
-
 def test_the_signature_is_the_one_of_a_launch(scenarios):
-    found = scenarios["signatures"]
-    plain = found["meta"]
+    plain = (found := scenarios["signatures"])["meta"]
     pointer, whole, fraction = "*bf16", "i32", "fp32"
     assert plain["types"] == {
         "x": pointer, "weight": pointer, "out_ptr": pointer, "factor_ptr": "constexpr",
@@ -237,7 +230,8 @@ def test_the_signature_is_the_one_of_a_launch(scenarios):
     assert found["real descriptors"] == described
 
 
-def test_resources_tell_what_the_machine_code_does(compiled):
+def test_resources_tell_what_the_machine_code_does(scenarios):
+    compiled = scenarios["resources"]
     tensor_cores = {"sm_90": "wgmma", "sm_100": "tcgen05"}
     for target, kernels in compiled.items():
         used = {k for k in ("wgmma", "tcgen05", "mma_sync") if kernels["pointers"][k]}
@@ -254,7 +248,8 @@ def test_resources_tell_what_the_machine_code_does(compiled):
     assert hopper["odd stride"]["cp_async"] < hopper["pointers"]["cp_async"]
 
 
-def test_programs_per_multiprocessor(compiled):
+def test_programs_per_multiprocessor(scenarios):
+    compiled = scenarios["resources"]
     # Four warps with few registers: 2048 (1536) threads are 16 (12) times as many.
     copies = {target: kernels["copy"]["programs_per_sm"] for target, kernels in compiled.items()}
     assert copies == {"sm_80": 16, "sm_89": 12, "sm_90": 16, "sm_100": 16, "sm_120": 12}
@@ -264,8 +259,7 @@ def test_programs_per_multiprocessor(compiled):
     assert hopper["pointers"]["programs_per_sm"] == 2
     assert hopper["eight stages"]["programs_per_sm"] == 0
     # Shared memory would do for three; 65,536 registers do not for two.
-    odd = hopper["odd stride"]
-    assert odd["shared_bytes"] < 228 * 1024 // 3
+    assert (odd := hopper["odd stride"])["shared_bytes"] < 228 * 1024 // 3
     assert 2 * odd["registers"] * 256 > 65536
     assert odd["programs_per_sm"] == 1
 
@@ -292,15 +286,14 @@ def test_errors_say_what_is_missing(scenarios):
 
 
 def test_an_interpreting_process_is_told(tmp_path):
-    found = run("errors", folder=tmp_path, TRITON_INTERPRET="1")["errors"]
-    assert found["target"].startswith("RuntimeError: copy_kernel cannot be compiled: Triton was")
+    told = run("errors", folder=tmp_path, TRITON_INTERPRET="1")["errors"]["target"]
+    assert told.startswith("RuntimeError: copy_kernel cannot be compiled: Triton was")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
-    found = run("on_the_device", folder=tmp_path)["on_the_device"]
-    assert found == [False, False, True, True]
+    assert run("on_the_device", folder=tmp_path) == {"on_the_device": [False, False, True, True]}
 
 
 if __name__ == "__main__":
