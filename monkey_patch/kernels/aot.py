@@ -263,7 +263,8 @@ def _machine_code(compiled: Any) -> tuple[int, int, Counter[str]]:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _output([_tool("cuobjdump"), "-res-usage", str(cubin)])
-        listing = _output([_tool("nvdisasm"), "-c", str(cubin)])
+        # Without the analysis that names the targets of jumps: a fifth faster, the same opcodes.
+        listing = _output([_tool("nvdisasm"), "-c", "--no-dataflow", str(cubin)])
     opcodes = Counter(_OPCODE.findall(listing))
     found = re.search(rf"Function {re.escape(compiled.metadata.name)}:\s+{_USAGE}", usage)
     if found is None or not opcodes["EXIT"]:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.distributed import edges_worker
 from tests.distributed.test_engines import EP2, FULL, NATIVE, Cases, cases, exported  # noqa: F401
+from tests.distributed.worker import CHECKED_HERE
 from tests.support.commands import metrics
 from tests.support.forked import run_ranks
 from tests.support.oracle import assert_close
@@ -63,9 +64,10 @@ def test_edges(edges):
         edges.add(name, *args, **kwargs)
         expected[name] = code
 
-    add("ddp", 0, None, *BEST, "--max_steps", 6, environment={"EDGE_WORSE_FROM": "3"})
-    add("ep2", 0, None, *EP2, *BEST, "--max_steps", 6, environment={"EDGE_WORSE_FROM": "3"})
-    add("zero3", 0, "zero3", *BEST, "--max_steps", 6, environment={"EDGE_WORSE_FROM": "3"})
+    worse = {"EDGE_WORSE_FROM": "3"}
+    add("ddp", 0, None, *BEST, "--max_steps", 6, environment=worse)
+    add("ep2", 0, None, *EP2, *BEST, "--max_steps", 6, environment=worse)
+    add("zero3", 0, "zero3", *BEST, "--max_steps", 6, environment=worse | CHECKED_HERE)
     add("tied", 0, "fsdp", *tied)
     add("tied_after", 0, "fsdp", *tied, after="tied")
     add("zero2", 0, "zero2")

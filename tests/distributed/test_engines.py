@@ -123,7 +123,7 @@ def test_every_engine_equals_one_process(cases):
     cases.add("fp8_native", None, *NATIVE, *FP8)
     cases.add("fp8_ep2", None, *EP2, *FP8)
     cases.add("fp8_fsdp", "fsdp", *RECIPE)
-    cases.add("fp8_zero3", "zero3", *RECIPE, environment=zero3)
+    cases.add("fp8_zero3", "zero3", *RECIPE, environment=zero3 | worker.CHECKED_HERE)
     in_fp8 = [case["name"] for case in cases.cases[len(on_two) + len(changed) :]]
     failing = ("refused", "bad_ep2", "bad_zero2", "bad_zero3")
     cases.add("refused", None, *NATIVE, after="zero3")
@@ -182,7 +182,8 @@ def add_runs_on_two(cases: Cases, zero3: dict[str, str]) -> None:
     cases.add("zero2_after", "zero2", after="zero2")
     cases.add("zero3", "zero3", *samples, *best, environment=zero3)
     recompute = ("--activation_checkpointing", "full")
-    cases.add("zero3_after", "zero3", *recompute, after="zero3", environment=zero3)
+    here = zero3 | worker.CHECKED_HERE
+    cases.add("zero3_after", "zero3", *recompute, after="zero3", environment=here)
 
 
 def nothing_persists(root: Path) -> Path:

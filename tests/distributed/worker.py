@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from qwen3_sft.export import export
 from qwen3_sft.launch.accelerate_environment import accelerate_environment
 from qwen3_sft.logs import set_up_logging
 from tests.distributed.exact_norm import sum_in_float64
@@ -26,6 +27,8 @@ from tests.distributed.observe import watched_experts
 from tests.support.faults import Blow
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
+# In a case's environment: its process checks what ZeRO-3 exports. test_export_sharded.py does not.
+CHECKED_HERE = {"TEST_CHECKED_HERE": "1"}
 
 
 def main(cases: list[dict[str, Any]], folder: Path) -> int:
@@ -62,6 +65,7 @@ def prepare() -> None:
     set_up_logging()
     sum_in_float64()
     _let_accelerate_shard_on_a_cpu()
+    _let_exports_be_checked_here()
 
 
 @contextmanager
@@ -108,6 +112,26 @@ def _let_accelerate_shard_on_a_cpu() -> None:
         return original(self, cpu, sagemaker_dp, backend)
 
     PartialState._prepare_backend = prepare
+
+
+def _let_exports_be_checked_here() -> None:
+    """ZeRO-3 starts a process, ten seconds of imports; without its settings this one can do it."""
+    from transformers.integrations import deepspeed
+
+    original = export.verify
+
+    def verify(folder: Path, expected: Any, *, is_isolated: bool, **options: Any) -> None:
+        if not CHECKED_HERE.items() <= os.environ.items():
+            original(folder, expected, is_isolated=is_isolated, **options)
+            return
+        settings = deepspeed._hf_deepspeed_config_weak_ref()
+        deepspeed.unset_hf_deepspeed_config()
+        try:
+            original(folder, expected, is_isolated=False, **options)
+        finally:
+            deepspeed.set_hf_deepspeed_config(settings)
+
+    export.verify = verify
 
 
 def _do_not_compile() -> None:

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -7,10 +8,11 @@ import yaml
 from transformers import get_cosine_schedule_with_warmup
 
 from qwen3_sft.cli import main
+from qwen3_sft.commands import resume
 from qwen3_sft.commands.resume import differences, next_record
 from tests.e2e.test_faults import records, site, whole  # noqa: F401 - fixtures
 from tests.support.commands import metrics
-from tests.support.faults import outcome
+from tests.support.faults import outcome, start
 
 pytestmark = pytest.mark.e2e
 
@@ -28,6 +30,21 @@ def killed(whole, tmp_path):  # noqa: F811
     return run
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """What is launched is forked, not started; the first test launches as users do."""
+
+    def launch(argv):
+        position = argv.index("--output_dir")
+        words = [*argv[:position], *argv[position + 2 :]]
+        run = start(words, argv[position + 1])
+        code = run.end()
+        sys.stdout.write(run.words)
+        return code
+
+    monkeypatch.setattr(resume, "launch", launch)
+
+
 def content(folder):
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -41,11 +58,13 @@ def test_verify_repeats_a_recorded_step_and_changes_nothing(killed, capfd):
     assert content(killed) == before
 
 
+@pytest.mark.usefixtures("forked")
 def test_verify_repeats_a_finished_run_from_before_its_end(whole, capfd):  # noqa: F811
     assert main(["resume", str(whole), "--verify"]) == 0
     assert "checkpoint-4 resumes exactly: up to step 5 " in capfd.readouterr().out
 
 
+@pytest.mark.usefixtures("forked")
 def test_verify_of_nothing_but_the_end_loads_it(whole, tmp_path, capfd):  # noqa: F811
     run = tmp_path / "run"
     shutil.copytree(whole, run)
@@ -54,6 +73,7 @@ def test_verify_of_nothing_but_the_end_loads_it(whole, tmp_path, capfd):  # noqa
     assert "checkpoint-8 loads, with its optimizer. It is the end" in capfd.readouterr().out
 
 
+@pytest.mark.usefixtures("forked")
 @outcome(
     "A finished run is started again",
     "exit code 0 if it is the run that is asked for, 2 naming what differs if not; with more steps "
@@ -80,6 +100,7 @@ def test_a_finished_run_goes_on_if_more_steps_are_asked_for(whole, tmp_path, cap
 
 
 @pytest.mark.faults
+@pytest.mark.usefixtures("forked")
 def test_verify_finds_a_run_that_would_not_be_repeated(killed, capfd):
     lines = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()[:6]]
     lines[4]["loss"] += 1e-6

@@ -98,7 +98,7 @@ def test_inspect_and_train_what_users_bring(make, base, tmp_path, capsys):
 
     out = tmp_path / "run"
     train = (
-        *where, "--output_dir", out, "--max_length", 512, "--num_train_epochs", 4,
+        *where, "--output_dir", out, "--max_length", 512, "--max_steps", 16,
         "--learning_rate", "1e-2", "--data_cache_dir", tmp_path / "cache", "--save_steps", 100,
     )  # fmt: skip
     if make is tools:

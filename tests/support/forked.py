@@ -19,7 +19,8 @@ from typing import Any
 from tests.support.commands import free_port
 
 PRINTED = ("out", "err")
-_PRELOAD = ("qwen3_sft.run", "tests.support.faults")
+# Every run imports DeepSpeed, every run with ZeRO the last one and torch's compiler with it.
+_PRELOAD = ("qwen3_sft.run", "tests.support.faults", "deepspeed.runtime.zero.stage_1_and_2")
 
 
 def start(

@@ -1,7 +1,6 @@
 """Ahead-of-time compilation, in processes of their own: the suite's process interprets kernels.
 
-Each test runs one of the scenarios below with `python -m tests.monkey_patch.kernels.test_aot NAME`
-and judges the JSON that it prints.
+`python -m tests.monkey_patch.kernels.test_aot SCENARIO ...` prints the JSON that the tests judge.
 """
 
 from __future__ import annotations
@@ -94,9 +93,9 @@ def copy_launch(device: str = "meta", *, size: int = 1 << 20, offset: int = 0) -
     return Launch(_copy_kernel, triton.cdiv(size, 1024), arguments)
 
 
-def run(scenario: str, folder: Any, **environment: str) -> Any:
-    module = "tests.monkey_patch.kernels.test_aot"
-    return json.loads(run_compiling("-m", module, scenario, cache=folder, **environment))
+def run(*scenarios: str, folder: Any, **environment: str) -> dict[str, Any]:
+    words = ("-m", "tests.monkey_patch.kernels.test_aot", *scenarios)
+    return json.loads(run_compiling(*words, cache=folder, **environment))
 
 
 def signatures() -> Any:
@@ -162,7 +161,7 @@ def parallel() -> Any:
         "notes": notes,
         "compiled": first,
         "compiled again": again,
-        "found on disk": compiled,
+        "found on disk": list(compiled),
         "hashes": hashes,
         "seconds": aot.compile_all(good, "sm_90"),
         "mode": repr(_async_compile.active_mode.get()),
@@ -203,13 +202,14 @@ def on_the_device() -> Any:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return run("resources", tmp_path_factory.mktemp("cache"))
+def scenarios(tmp_path_factory):
+    """Answers by scenario: the first wants an empty cache, the last one breaks the tools."""
+    names = ("parallel", "signatures", "resources", "errors")
+    return run(*names, folder=tmp_path_factory.mktemp("cache"))
 
 
-def test_the_signature_is_the_one_of_a_launch(tmp_path):
-    found = run("signatures", tmp_path)
-    plain = found["meta"]
+def test_the_signature_is_the_one_of_a_launch(scenarios):
+    plain = (found := scenarios["signatures"])["meta"]
     pointer, whole, fraction = "*bf16", "i32", "fp32"
     assert plain["types"] == {
         "x": pointer, "weight": pointer, "out_ptr": pointer, "factor_ptr": "constexpr",
@@ -230,7 +230,8 @@ def test_the_signature_is_the_one_of_a_launch(tmp_path):
     assert found["real descriptors"] == described
 
 
-def test_resources_tell_what_the_machine_code_does(compiled):
+def test_resources_tell_what_the_machine_code_does(scenarios):
+    compiled = scenarios["resources"]
     tensor_cores = {"sm_90": "wgmma", "sm_100": "tcgen05"}
     for target, kernels in compiled.items():
         used = {k for k in ("wgmma", "tcgen05", "mma_sync") if kernels["pointers"][k]}
@@ -247,7 +248,8 @@ def test_resources_tell_what_the_machine_code_does(compiled):
     assert hopper["odd stride"]["cp_async"] < hopper["pointers"]["cp_async"]
 
 
-def test_programs_per_multiprocessor(compiled):
+def test_programs_per_multiprocessor(scenarios):
+    compiled = scenarios["resources"]
     # Four warps with few registers: 2048 (1536) threads are 16 (12) times as many.
     copies = {target: kernels["copy"]["programs_per_sm"] for target, kernels in compiled.items()}
     assert copies == {"sm_80": 16, "sm_89": 12, "sm_90": 16, "sm_100": 16, "sm_120": 12}
@@ -257,14 +259,13 @@ def test_programs_per_multiprocessor(compiled):
     assert hopper["pointers"]["programs_per_sm"] == 2
     assert hopper["eight stages"]["programs_per_sm"] == 0
     # Shared memory would do for three; 65,536 registers do not for two.
-    odd = hopper["odd stride"]
-    assert odd["shared_bytes"] < 228 * 1024 // 3
+    assert (odd := hopper["odd stride"])["shared_bytes"] < 228 * 1024 // 3
     assert 2 * odd["registers"] * 256 > 65536
     assert odd["programs_per_sm"] == 1
 
 
-def test_many_at_once(tmp_path):
-    found = run("parallel", tmp_path)
+def test_many_at_once(scenarios):
+    found = scenarios["parallel"]
     assert "BLOCK_K" in found["notes"][0], "the note names kernel and shape"
     assert "matmul_kernel for sm_90" in found["notes"][0]
     assert found["compiled"] == [False, False], "each signature once, in spite of the broken kernel"
@@ -275,8 +276,8 @@ def test_many_at_once(tmp_path):
     assert (found["mode"], found["driver"]) == ("None", "None"), "nothing stays switched on"
 
 
-def test_errors_say_what_is_missing(tmp_path):
-    found = run("errors", tmp_path)
+def test_errors_say_what_is_missing(scenarios):
+    found = scenarios["errors"]
     assert found["target"].startswith("ValueError: unknown target 'sm_75': choose from sm_80,")
     assert found["kind"].startswith("TypeError: copy_kernel: a triton.jit function is needed")
     for tool in ("ptxas", "cuobjdump", "nvdisasm"):
@@ -285,15 +286,15 @@ def test_errors_say_what_is_missing(tmp_path):
 
 
 def test_an_interpreting_process_is_told(tmp_path):
-    found = run("errors", tmp_path, TRITON_INTERPRET="1")
-    assert found["target"].startswith("RuntimeError: copy_kernel cannot be compiled: Triton was")
+    told = run("errors", folder=tmp_path, TRITON_INTERPRET="1")["errors"]["target"]
+    assert told.startswith("RuntimeError: copy_kernel cannot be compiled: Triton was")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
-    assert run("on_the_device", tmp_path) == [False, False, True, True]
+    assert run("on_the_device", folder=tmp_path) == {"on_the_device": [False, False, True, True]}
 
 
 if __name__ == "__main__":
-    print(json.dumps(globals()[sys.argv[1]]()))  # noqa: T201
+    json.dump({name: globals()[name]() for name in sys.argv[1:]}, sys.stdout)

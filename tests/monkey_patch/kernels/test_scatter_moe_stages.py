@@ -112,22 +112,33 @@ def block():
     return run
 
 
+@pytest.fixture(scope="module")
+def known():
+    return {}
+
+
+@pytest.fixture
+def truth(block, known, poisoned):
+    """What the smallest tiles compute, interpreted once: `block` always has the same values."""
+    if not known:
+        known["truth"] = block(SMALL)
+    return known["truth"]
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize(
     "sizes", [(16, 16, 16), (32, 16, 32), (16, 32, 16), (64, 64, 64), (16, 128, 16)]
 )
-def test_every_cut_gives_the_same_result(block, sizes, tma):
+def test_every_cut_gives_the_same_result(block, truth, sizes, tma):
     m, n, k = sizes
-    truth = block(SMALL)
     tiles = Tiles(m, n, k, 4, 1, tma=tma, epilogue_n=16)
     for got, expected in zip(block(tiles), truth, strict=True):
         assert_close(got, expected, rms=1e-6)
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_a_persistent_grid_gives_the_same_bits(block, monkeypatch):
-    truth = block(SMALL)
+def test_a_persistent_grid_gives_the_same_bits(block, truth, monkeypatch):
     for module in ("up", "product", "activation_gradient", "weight_gradient"):
         name = f"monkey_patch.kernels.scatter_moe.triton.{module}.grid_of"
         monkeypatch.setattr(name, lambda tiles, num_tiles, tensor: min(3, num_tiles))
@@ -147,8 +158,8 @@ def test_act_is_that_of_the_stored_hidden():
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_a_library_product_gives_the_same(block):
-    for got, expected in zip(block(replace(SMALL, library=True)), block(SMALL), strict=True):
+def test_a_library_product_gives_the_same(block, truth):
+    for got, expected in zip(block(replace(SMALL, library=True)), truth, strict=True):
         assert_close(got, expected, rms=1e-6)
 
 
