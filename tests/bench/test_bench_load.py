@@ -85,21 +85,32 @@ def test_the_checkpoint_is_one_of_the_hub(bench, tmp_path):
     assert file.stat().st_mtime_ns == before, "made once"
 
 
-@pytest.mark.distributed
-def test_it_runs(bench, tmp_path):
-    script = ROOT / "bench" / "load.py", "--size", "tiny", "--folder", tmp_path
-    launcher = "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()
-    alone = succeeds(run(sys.executable, *script))
-    both = succeeds(run(sys.executable, *launcher, *script, "--fsdp_size", 2))
-    (whole,) = map(json.loads, alone.splitlines())
-    shards = sorted(map(json.loads, both.splitlines()), key=lambda shard: shard["rank"])
-    assert (whole["engine"], whole["rank"]) == ("single", 0)
-    model = model_on_meta(bench("parts.random_checkpoint").config_of("tiny"))
-    assert whole["kept"] == 4 * sum(p.numel() for p in model.parameters())
-    assert [shard["rank"] for shard in shards] == [0, 1]
-    assert all(shard["engine"].startswith("native (fsdp_size 2") for shard in shards)
-    assert sum(shard["kept"] for shard in shards) == pytest.approx(whole["kept"], rel=0.01)
-    for row in (whole, *shards):
+def load(*command, folder):
+    script = ROOT / "bench" / "load.py", "--size", "tiny", "--folder", folder
+    printed = succeeds(run(sys.executable, *command[:-1], *script, *command[-1]))
+    rows = sorted(map(json.loads, printed.splitlines()), key=lambda row: row["rank"])
+    for row in rows:
         assert row["own"] > row["kept"] > 0
         assert row["commit"]
         assert row["versions"]["transformers"]
+    return rows
+
+
+def test_it_runs(bench, tmp_path):
+    (whole,) = load((), folder=tmp_path)
+    assert (whole["engine"], whole["rank"]) == ("single", 0)
+    model = model_on_meta(bench("parts.random_checkpoint").config_of("tiny"))
+    assert whole["kept"] == 4 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.long
+@pytest.mark.distributed
+def test_it_runs_on_two_processes(bench, tmp_path):
+    bench("parts.random_checkpoint").make_checkpoint(tmp_path, "tiny")
+    launcher = "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()
+    shards = load(*launcher, ("--fsdp_size", 2), folder=tmp_path)
+    assert [shard["rank"] for shard in shards] == [0, 1]
+    assert all(shard["engine"].startswith("native (fsdp_size 2") for shard in shards)
+    model = model_on_meta(bench("parts.random_checkpoint").config_of("tiny"))
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    assert sum(shard["kept"] for shard in shards) == pytest.approx(whole, rel=0.01)
