@@ -77,6 +77,11 @@ TOLD = {
     "chat_template_path": "the chat format is read off the tokenizer; --chat_format overrules it",
     "prompt_template": "the chat format is read off the tokenizer; --chat_format overrules it",
     "dataset_text_field": "a column `text` is found by itself (--dataset_format text)",
+    **dict.fromkeys(
+        ("interleave_probs", "mix_strategy", "dataset_mixer", "dataset_mixture", "data_weights",
+         "interleave_prob", "stopping_strategy"),
+        "sources are weighed by their repeat: --dataset A@2 B@0.5, or mappings in a recipe",
+    ),
     "dataset_kwargs": "columns are read by their names; see --dataset_format",
     "formatting_func": "columns are read by their names; see --dataset_format",
     "completion_only_loss": "only completions are trained by default (--train_on assistant)",
