@@ -43,7 +43,7 @@ class TurnEnds:
             is_given: the row came tokenised, so that its turns may end in any special token; a
                 newline after it may carry a label too, as `--train_on all` labels it.
         """
-        is_end = trained & np.isin(ids, self._known)
+        is_end = trained & ((ids == self._known[0]) | (ids == self._known[1]))
         if is_given:
             last = np.flatnonzero(trained & ~np.append(trained[1:], False))
             after = (ids[last] == self._newline) & (last > 0)
