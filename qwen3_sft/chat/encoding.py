@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # Of an added token in a tokenizer.json: its text, and what decides where it is found.
 _FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
+Proof = tuple[str, list[int]]  # a text in which no control token is meant, and its ids
 Encoded = tuple[np.ndarray, np.ndarray]  # input_ids (T,) int32, trained (T,) bool
 
 

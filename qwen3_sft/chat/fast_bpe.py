@@ -100,7 +100,7 @@ def _without_offsets(pre_tokenizer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _alphabet() -> str:
-    """Return the letters of byte-level BPE, one per byte (GPT-2's): printable ones mean themselves."""
+    """Return the letters of byte-level BPE, one per byte: GPT-2's, printable ones as they are."""
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return "".join(chr(byte) if byte in kept else chr(next(others)) for byte in range(256))

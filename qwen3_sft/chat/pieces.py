@@ -101,5 +101,5 @@ class PieceWriter:
 
 
 @cache
-def _control(token: str, trained: bool) -> Piece:  # noqa: FBT001 - cached by position
+def _control(token: str, trained: bool) -> Piece:
     return Piece(token, trained, True)

@@ -19,6 +19,7 @@ from qwen3_sft.chat import (
     contexts,
     control_tokens,
     encoding,
+    fast_bpe,
     features,
     pieces,
     render,
@@ -35,9 +36,10 @@ from qwen3_sft.data import (
     json_rows,
     raw_rows,
     readers,
-    table_rows,
     tally,
+    token_store,
     tokenize_rows,
+    tokenized_rows,
     turns,
     workers,
 )
@@ -48,7 +50,9 @@ from qwen3_sft.data.files import (
     datasets_rows,
     file_kinds,
     folders,
+    line_ranges,
     splits,
+    table_rows,
     txt_rows,
 )
 from qwen3_sft.data.rows import (
@@ -77,11 +81,11 @@ LAYOUT = 3  # of the cache folder; raise it when the meaning of its files change
 # A row's way to tokens, all of it: a forgotten module would serve stale caches (a test checks).
 TOKENISERS = (
     answers, calls, choose_rows, columns, compressed, content, contexts, control_tokens,
-    conversations, counts, csv_rows, dataset_card, datasets_rows, defects, encoding, features,
-    fields, file_kinds, folders, formats, json_rows, loss_flags, nulls, pieces, plain, questions,
-    raw_rows, readers, reasoning, refused, render, samples, source, splits, table_rows, tally,
-    templates, text, token_rows, tokenize_rows, turn_ends, turns, txt_rows, values, workers,
-    written, written_calls,
+    conversations, counts, csv_rows, dataset_card, datasets_rows, defects, encoding, fast_bpe,
+    features, fields, file_kinds, folders, formats, json_rows, line_ranges, loss_flags, nulls,
+    pieces, plain, questions, raw_rows, readers, reasoning, refused, render, samples, source,
+    splits, table_rows, tally, templates, text, token_rows, token_store, tokenize_rows,
+    tokenized_rows, turn_ends, turns, txt_rows, values, workers, written, written_calls,
 )  # fmt: skip
 _SETTLED_S = 2.0  # a file changed more recently may change again within the clock's resolution
 
