@@ -65,6 +65,7 @@ class Encoder:
         text = tokenizer.backend_tokenizer.to_str()
         spec = json.loads(text)
         self._ids: dict[str, int] = {t["content"]: t["id"] for t in spec["added_tokens"]}
+        self._controls = {token: [i] for token, i in self._ids.items()}
         self.eos_token = str(tokenizer.eos_token)
         missing = [token for token in (*CONTROL_TOKENS, self.eos_token) if token not in self._ids]
         if missing:
@@ -79,7 +80,8 @@ class Encoder:
         self._fast, self.why_slow = (None, bpe) if isinstance(bpe, str) else (bpe, None)
         self._own = _any_of([name for name in self._ids if name not in protected])
         special = [t["content"] for t in spec["added_tokens"] if t["special"]]
-        (newline,) = self.encode_texts(["\n"])
+        newline, *roles = self.encode_texts(["\n", *(f"{role}\n" for role in _ROLES)])
+        self._roles = dict(zip(_ROLES, roles, strict=True))
         self.turn_ends = TurnEnds(self._ids, special, self.eos_token, newline)
 
     def encode(self, rendered: Rendered) -> Encoded:
@@ -108,7 +110,8 @@ class Encoder:
         """Return the ids of texts in which no control token is meant."""
         if self._fast is None:
             return self.reference.encode_texts(texts)
-        found = [self._encode_fast(self._fast, text) for text in texts]
+        bodies: dict[str, list[int] | None] = {}
+        found = [self._encode_fast(self._fast, text, bodies) for text in texts]
         left = [index for index, ids in enumerate(found) if ids is None]
         if left:
             rest = self.reference.encode_texts([texts[index] for index in left])
@@ -116,25 +119,41 @@ class Encoder:
                 found[index] = ids
         return found
 
-    def _encode_fast(self, fast: FastBpe, text: str) -> list[int] | None:
-        if self._own is not None and any(
-            self._own.search(spelled) for spelled in (text, unicodedata.normalize("NFC", text))
-        ):
-            return None
-        return fast.encode(text)
+    def _encode_fast(
+        self, fast: FastBpe, text: str, bodies: dict[str, list[int] | None]
+    ) -> list[int] | None:
+        """Return the ids of a text, None if `tokenizers` has to encode it.
+
+        Args:
+            fast: encodes.
+            text: of a piece.
+            bodies: ids of texts that the pattern parts from a role before them. An answer stands
+                beside its role where it is history, and alone where it is learned.
+        """
+        if self._own is not None:
+            forms = (text, unicodedata.normalize("NFC", text))
+            return None if any(map(self._own.search, forms)) else fast.encode(text)
+        head, newline, body = text.partition("\n")
+        if head not in _ROLES or not newline or not body or body[0].isspace():
+            head, body = "", text
+        if body not in bodies:
+            bodies[body] = fast.encode(body)
+        ids = bodies[body]
+        return ids if not head or ids is None else self._roles[head] + ids
 
     def _assemble(self, segment: Segment, plain_ids: dict[str, list[int]]) -> tuple[bytes, bytes]:
         """Return ids and labels of a segment as the bytes of arrays."""
-        ids = array("i")
-        trained = bytearray()
+        ids: list[int] = []
+        trained: list[bytes] = []
         for text, is_trained, is_control in segment:
-            new = (self._ids[text],) if is_control else plain_ids[text]
-            ids.extend(new)
-            trained += _LABELS[is_trained] * len(new)
-        return ids.tobytes(), bytes(trained)
+            new = self._controls[text] if is_control else plain_ids[text]
+            ids += new
+            trained.append(_LABELS[is_trained] * len(new))
+        return array("i", ids).tobytes(), b"".join(trained)
 
 
 _LABELS = (b"\0", b"\1")
+_ROLES = ("system", "user", "assistant")
 
 
 class WithoutControlTokens:

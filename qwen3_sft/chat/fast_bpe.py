@@ -1,8 +1,8 @@
 """Byte-level BPE by `tiktoken`, which gives the ids of `tokenizers` several times faster.
 
 Not every tokenizer can be said in its terms: a list of tokens in the order of their merges and one
-pattern. What differs is refused here; what cannot be told from the files is found by comparison on
-the run's own rows (`data/proof.py`). Texts in which the two libraries may disagree are told apart,
+pattern. What differs is refused here; what the files do not tell is found by comparison on the
+run's own rows (`chat/ids_check.py`). Texts in which the two libraries may disagree are told apart,
 so that they go through `tokenizers`.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import tiktoken
 
-# Qwen2's, Qwen3's and Qwen2.5's; both libraries read it alike (tests/chat/test_fast_bpe.py).
+# Qwen2's, Qwen3's and Qwen2.5's; both libraries read it alike (tests/data/test_fast_bpe.py).
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

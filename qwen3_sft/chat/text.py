@@ -28,16 +28,15 @@ from qwen3_sft.chat.templates import (
 
 def is_query(message: Message) -> bool:
     """Whether the template takes a turn for a question of the user, not for a tool's result."""
-    wrapped = message.content.startswith(TOOL_RESPONSE) and message.content.endswith(
-        END_TOOL_RESPONSE
+    return message.role == "user" and not (
+        message.content.startswith(TOOL_RESPONSE) and message.content.endswith(END_TOOL_RESPONSE)
     )
-    return message.role == "user" and not wrapped
 
 
 def last_query_index(messages: Sequence[Message]) -> int:
     """Index of the last query; of the last message where there is none, as the templates do."""
-    queries = [index for index, message in enumerate(messages) if is_query(message)]
-    return queries[-1] if queries else len(messages) - 1
+    last = len(messages) - 1
+    return next((index for index in range(last, -1, -1) if is_query(messages[index])), last)
 
 
 def write_conversation(

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,21 @@ class FileHashes:
             self._new[identity] = digest
         return digest
 
+    def of_loaded(self, path: Path, state: str, make: Callable[[], str]) -> str:
+        """Return what was made of a file that is in memory, as it is remembered for its content.
+
+        Args:
+            path: of the file.
+            state: all that may have been changed in memory since it was read.
+            make: takes long.
+        """
+        identity = f"loaded|{self(path)}|{text_hash(state)}|"
+        if identity not in self._known:
+            self._known[identity] = made = make()
+            if time.time() - path.stat().st_mtime > _SETTLED_S:
+                self._new[identity] = made
+        return self._known[identity]
+
     def save(self) -> None:
         """Write what was learnt; a run that saves at the same moment may win, at no harm."""
         if not self._new:
@@ -133,6 +148,7 @@ class FileHashes:
         partial = self.memo.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps({**known, **self._new}), encoding="utf-8")
         partial.replace(self.memo)
+        self._new = {}
 
 
 def _blake2() -> Any:

@@ -33,6 +33,7 @@ from qwen3_sft.data.source_counts import SourceCounts
 from qwen3_sft.data.template_check import TemplateCheck, chat_template
 from qwen3_sft.data.token_store import TokenDataset, TokenWriter
 from qwen3_sft.data.tokenize_rows import Counts, RowPacker, TokenizeOptions, tokenize_chunks
+from qwen3_sft.data.workers import few_collections
 from qwen3_sft.errors import DataError, told_as
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def _build(
     for fast in (True, False):
         partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
         try:
-            with TokenWriter(partial) as writer:
+            with TokenWriter(partial) as writer, few_collections():
                 encoder = Encoder(tokenizer, fast=fast)
                 report = _tokenize(writer, args, sources, entries, options, encoder, tokenizer)
                 if report is None:

@@ -69,18 +69,16 @@ class RowRange:
     number: int
     settled: Settled
 
-    def rows(self) -> list[RawRow]:
-        """Read the rows.
+    def rows(self) -> Iterator[RawRow]:
+        """Yield the rows.
 
         Raises:
             DataError: as `raw_rows`.
         """
         with told_as(DataError, self.lines.path, OSError):
-            read = list(self.lines.read(drop_bad=self.settled.drop_bad))
-        return [
-            RawRow(number, *self.settled.recognised(location, row))
-            for number, (location, row) in enumerate(read, self.number)
-        ]
+            read = self.lines.read(drop_bad=self.settled.drop_bad)
+            for number, (location, row) in enumerate(read, self.number):
+                yield RawRow(number, *self.settled.recognised(location, row))
 
 
 _Fields = tuple[str, dict[str, Any], Format, Reading, str | None]

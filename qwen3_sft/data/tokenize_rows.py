@@ -69,7 +69,9 @@ class RowTokenizer:
         Raises:
             DataError: for a row that cannot be trained on, or is too long with overlong="error".
         """
-        rows = chunk.rows() if isinstance(chunk, RowRange) else chunk
+        if isinstance(chunk, RowRange):
+            return self._read_and_tokenize(chunk)
+        rows = chunk
         counts = Counts(rows_in=len(rows))
         chosen: list[ChosenRow] = []
         made = [
@@ -98,13 +100,23 @@ class RowTokenizer:
                 lost.setdefault(row.number, fitted.reason)
             else:
                 used.append(fitted)
-                counts.turn_ends += self.encoder.turn_ends.count(
+                ends = self.encoder.turn_ends.count(
                     ids, trained, len(fitted.ids), is_given=isinstance(rendered, Tokens)
                 )
+                counts.turn_ends.update(ends)
         counts.longest = heapq.nlargest(NUM_LONGEST, longest)
         _count_rows(rows, used, lost, counts)
         _count_splits(lengths.values(), counts)
         return TokenizedRows(used, counts, chosen, proof)
+
+    def _read_and_tokenize(self, chunk: RowRange) -> TokenizedRows:
+        rows: list[RawRow] = []
+        try:
+            rows.extend(chunk.rows())
+        except DataError:
+            RowTokenizer.__call__(self, rows)  # an error of a row before comes first
+            raise
+        return RowTokenizer.__call__(self, rows)
 
     def _proof(self, made: Iterable[Rendered | Tokens]) -> list[Proof]:
         """Return the texts of some samples with their ids."""
@@ -272,15 +284,20 @@ def _chunks(
 ) -> Iterator[list[RawRow] | RowRange]:
     """Yield ranges as they are, and the rows between them in lists."""
     chunk: list[RawRow] = []
-    for row in rows:
-        if not isinstance(row, RowRange):
-            chunk.append(row)
-            if len(chunk) < chunk_rows:
-                continue
+    try:
+        for row in rows:
+            if isinstance(row, RawRow):
+                chunk.append(row)
+                if len(chunk) < chunk_rows:
+                    continue
+            if chunk:
+                yield chunk
+                chunk = []
+            if isinstance(row, RowRange):
+                yield row
+    except DataError:
         if chunk:
-            yield chunk
-            chunk = []
-        if isinstance(row, RowRange):
-            yield row
+            yield chunk  # an error of a row before comes first
+        raise
     if chunk:
         yield chunk

@@ -37,6 +37,7 @@ class Task:
         if task == "exits":
             os._exit(7)
         if task == "half a result":
+            gc.unfreeze()  # what was there before the work is not listed
             pipe = next(o for o in gc.get_objects() if isinstance(o, Connection))
             os.write(pipe.fileno(), struct.pack("!i", 1000) + b"x" * 10)
             os._exit(7)
