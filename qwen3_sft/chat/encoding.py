@@ -112,12 +112,9 @@ class Encoder:
             return self.reference.encode_texts(texts)
         bodies: dict[str, list[int] | None] = {}
         found = [self._encode_fast(self._fast, text, bodies) for text in texts]
-        left = [index for index, ids in enumerate(found) if ids is None]
-        if left:
-            rest = self.reference.encode_texts([texts[index] for index in left])
-            for index, ids in zip(left, rest, strict=True):
-                found[index] = ids
-        return found
+        left = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+        rest = iter(self.reference.encode_texts(left) if left else ())
+        return [next(rest) if ids is None else ids for ids in found]
 
     def _encode_fast(
         self, fast: FastBpe, text: str, bodies: dict[str, list[int] | None]
@@ -186,8 +183,8 @@ class WithoutControlTokens:
         copy = Tokenizer.from_str(json.dumps(spec))
         # Without the control tokens before them they get other ids.
         copy.add_tokens([AddedToken(**{k: token[k] for k in _FLAGS}) for token in own])
-        copied = {copy.token_to_id(token["content"]): token["id"] for token in own}
-        return copy, {copied_id: i for copied_id, i in copied.items() if copied_id != i}
+        copied = [(copy.token_to_id(token["content"]), token["id"]) for token in own]
+        return copy, {i: own_id for i, own_id in copied if i is not None and i != own_id}
 
 
 def _any_of(tokens: Sequence[str]) -> re.Pattern[str] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import cache
 from typing import Any
 
 import tiktoken
@@ -84,12 +85,13 @@ def fast_bpe(spec: dict[str, Any]) -> FastBpe | str:
     if {name: model.get(name) or None for name in _BPE} != {k: v or None for k, v in _BPE.items()}:
         return "its model is not plain byte-level BPE"
     vocabulary, merges = model["vocab"], model["merges"]
-    names = [*_ALPHABET, *(left + right for left, right in merges)]
+    names = [*_alphabet(), *(left + right for left, right in merges)]
     ids = [vocabulary.get(name) for name in names]
     if None in ids or len(set(names)) < len(names):
         return "a byte is not in its vocabulary, or two merges make one token"
-    in_bytes = [name.translate(_BYTES).encode("latin-1") for name in names]
-    first = len(_ALPHABET)
+    byte_of = {ord(letter): byte for byte, letter in enumerate(_alphabet())}
+    in_bytes = [name.translate(byte_of).encode("latin-1") for name in names]
+    first = len(byte_of)
     if sorted(ids[:first]) == [*range(first)] and ids[first:] == [*range(first, len(ids))]:
         return FastBpe(dict(zip(in_bytes, ids, strict=True)), None)
     return FastBpe({token: rank for rank, token in enumerate(in_bytes)}, ids)
@@ -99,12 +101,9 @@ def _without_offsets(pre_tokenizer: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in pre_tokenizer.items() if name != "trim_offsets"}
 
 
+@cache
 def _alphabet() -> str:
     """Return the letters of byte-level BPE, one per byte: GPT-2's, printable ones as they are."""
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return "".join(chr(byte) if byte in kept else chr(next(others)) for byte in range(256))
-
-
-_ALPHABET = _alphabet()
-_BYTES = {ord(letter): byte for byte, letter in enumerate(_ALPHABET)}

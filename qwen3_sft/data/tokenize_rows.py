@@ -106,7 +106,7 @@ class RowTokenizer:
                 counts.turn_ends.update(ends)
         counts.longest = heapq.nlargest(NUM_LONGEST, longest)
         _count_rows(rows, used, lost, counts)
-        _count_splits(lengths.values(), counts)
+        counts.add_splits(lengths.values())
         return TokenizedRows(used, counts, chosen, proof)
 
     def _read_and_tokenize(self, chunk: RowRange) -> TokenizedRows:
@@ -237,14 +237,6 @@ def _count_rows(
     for row in rows:
         if row.number in lost and row.number not in used_rows:
             counts.drop(lost[row.number], row.location)
-
-
-def _count_splits(lengths: Iterable[list[int]], counts: Counts) -> None:
-    """Count rows of several samples, given the tokens of each sample of each row."""
-    for of_row in (tokens for tokens in lengths if len(tokens) > 1):
-        counts.rows_split += 1
-        counts.samples_of_split_rows += len(of_row)
-        counts.tokens_repeated += sum(of_row) - max(of_row)
 
 
 def tokenize_chunks(

@@ -32,7 +32,7 @@ def measure(kind: str, file: Path, model: Path) -> dict[str, Any]:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # is read once
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     with tempfile.TemporaryDirectory() as folder:
         work = _WORK[kind.partition("_")[0]](kind, file, tokenizer, Path(folder))
         own_before, all_before, started = _memory_mib("VmRSS"), _cpu_s(), time.perf_counter()
