@@ -28,6 +28,7 @@ setup(
         "torchao>=0.18",
         "safetensors>=0.8",
         "tokenizers>=0.23.1",
+        "tiktoken>=0.12",
         "huggingface_hub>=1.31",
         "numpy>=2",
         "pyarrow>=21",

@@ -24,7 +24,7 @@ install() { # FOLDER PACKAGE... : wheels for the other machine's Python, without
 
 # What the tests and the trainer need, in our versions; then the race's peers, found by BENCH_PEERS.
 install "$stage/site" -c constraints.txt transformers trl datasets dill multiprocess liger-kernel torchao \
-  psutil
+  psutil tiktoken
 # Its low-bit optimizers and casts are Python; the libraries beside are 20 MB that nothing here calls.
 find "$stage/site/torchao" -name '*.so' -delete
 # sonic-moe asks for torch <= 2.9.1; its pieces import and compile with 2.11.

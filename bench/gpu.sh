@@ -28,7 +28,7 @@ if [ -f .carry/packages.tar.xz ]; then
 fi
 missing="$("$python" - <<'PYTHON'
 import importlib.util
-names = "transformers accelerate datasets trl tokenizers safetensors xxhash psutil pyarrow filelock yaml pytest liger_kernel torchao"
+names = "transformers accelerate datasets trl tokenizers tiktoken safetensors xxhash psutil pyarrow filelock yaml pytest liger_kernel torchao"
 print(*(name for name in names.split() if importlib.util.find_spec(name) is None))
 PYTHON
 )"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from typing import NamedTuple
 
 from qwen3_sft.chat.templates import CONTROL_TOKENS
@@ -19,11 +21,24 @@ class Piece(NamedTuple):
     control: bool
 
 
+Segment = tuple[Piece, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One training sample as text. Adjacent plain pieces differ in `trained`."""
+    """One training sample as text.
 
-    pieces: tuple[Piece, ...]
+    Attributes:
+        segments: its turns, whose ends are never inside a piece. Samples of one conversation share
+            those that are alike, so that each is tokenised once.
+    """
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def pieces(self) -> Segment:
+        """All pieces; adjacent plain ones differ in `trained`."""
+        return tuple(chain.from_iterable(self.segments))
 
     @property
     def text(self) -> str:
@@ -32,11 +47,15 @@ class Rendered:
 
     def fully_trained(self) -> Rendered:
         """Return the same text with a label on every token."""
-        writer = PieceWriter()
-        for piece in self.pieces:
-            add = writer.control if piece.control else writer.plain
-            add(piece.text, trained=True)
-        return writer.finish()
+        return Rendered(tuple(map(_fully_trained, self.segments)))
+
+
+def _fully_trained(segment: Segment) -> Segment:
+    writer = PieceWriter()
+    for piece in segment:
+        add = writer.control if piece.control else writer.plain
+        add(piece.text, trained=True)
+    return writer.finish()
 
 
 class PieceWriter:
@@ -44,21 +63,23 @@ class PieceWriter:
 
     def __init__(self) -> None:
         self._pieces: list[Piece] = []
+        self._texts: list[str] = []  # of the plain piece that is being written
+        self._trained = False
 
     def control(self, token: str, *, trained: bool = False) -> None:
         """Append a control token."""
-        self._pieces.append(Piece(token, trained, True))
+        if self._texts:
+            self._flush()
+        self._pieces.append(_control(token, trained))
 
     def plain(self, text: str, *, trained: bool = False) -> None:
         """Append text that is never a control token, whatever it spells."""
         if not text:
             return
-        if self._pieces:
-            last = self._pieces[-1]
-            if not last.control and last.trained == trained:
-                self._pieces[-1] = Piece(last.text + text, trained, False)
-                return
-        self._pieces.append(Piece(text, trained, False))
+        if self._texts and trained != self._trained:
+            self._flush()
+        self._texts.append(text)
+        self._trained = trained
 
     def template(self, text: str) -> None:
         """Append untrained text of ours, in which control tokens are meant as such."""
@@ -68,6 +89,17 @@ class PieceWriter:
             else:
                 self.plain(part)
 
-    def finish(self) -> Rendered:
+    def finish(self) -> Segment:
         """Return what was written."""
-        return Rendered(tuple(self._pieces))
+        if self._texts:
+            self._flush()
+        return tuple(self._pieces)
+
+    def _flush(self) -> None:
+        self._pieces.append(Piece("".join(self._texts), self._trained, False))
+        self._texts = []
+
+
+@cache
+def _control(token: str, trained: bool) -> Piece:
+    return Piece(token, trained, True)

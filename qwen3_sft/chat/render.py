@@ -18,10 +18,11 @@ samples as that takes, and no more: `contexts.py` knows how many.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from typing import Literal
 
 from qwen3_sft.chat.contexts import shared_contexts
-from qwen3_sft.chat.pieces import Piece, PieceWriter, Rendered
+from qwen3_sft.chat.pieces import Piece, PieceWriter, Rendered, Segment
 from qwen3_sft.chat.samples import Conversation, Message, PlainText
 from qwen3_sft.chat.templates import CHAT_FORMATS, ChatFormat, detect_chat_format
 from qwen3_sft.chat.text import write_conversation
@@ -88,6 +89,7 @@ def render(
         raise DataError(f"{location}: no answer is left to train with thinking={thinking}")
     if fmt.prompt_opens_think:
         _count_closed_at_once(messages, groups, warnings)
+    written: dict[Hashable, Segment] = {}
     return [
         write_conversation(
             messages[: max(labelled) + 1],
@@ -96,6 +98,7 @@ def render(
             labelled=labelled,
             keep_reasoning=keep,
             label_empty_think=train_empty_think or conversation.enable_thinking is True,
+            written=written,
         )
         for labelled in groups
     ]
@@ -113,7 +116,7 @@ def render_plain(sample: PlainText, eos_token: str, *, train_on: TrainOn) -> Ren
     writer.plain(sample.prompt)
     writer.plain(sample.completion, trained=True)
     writer.control(sample.end or eos_token, trained=True)
-    rendered = writer.finish()
+    rendered = Rendered((writer.finish(),))
     return rendered.fully_trained() if train_on == "all" else rendered
 
 

@@ -7,10 +7,10 @@ non-ASCII, keys in the order of the file.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import Any
 
-from qwen3_sft.chat.pieces import PieceWriter, Rendered
+from qwen3_sft.chat.pieces import PieceWriter, Rendered, Segment
 from qwen3_sft.chat.samples import Message, ToolCall
 from qwen3_sft.chat.templates import (
     END_THINK,
@@ -28,16 +28,15 @@ from qwen3_sft.chat.templates import (
 
 def is_query(message: Message) -> bool:
     """Whether the template takes a turn for a question of the user, not for a tool's result."""
-    wrapped = message.content.startswith(TOOL_RESPONSE) and message.content.endswith(
-        END_TOOL_RESPONSE
+    return message.role == "user" and not (
+        message.content.startswith(TOOL_RESPONSE) and message.content.endswith(END_TOOL_RESPONSE)
     )
-    return message.role == "user" and not wrapped
 
 
 def last_query_index(messages: Sequence[Message]) -> int:
     """Index of the last query; of the last message where there is none, as the templates do."""
-    queries = [index for index, message in enumerate(messages) if is_query(message)]
-    return queries[-1] if queries else len(messages) - 1
+    last = len(messages) - 1
+    return next((index for index in range(last, -1, -1) if is_query(messages[index])), last)
 
 
 def write_conversation(
@@ -48,6 +47,7 @@ def write_conversation(
     labelled: Collection[int] = (),
     keep_reasoning: bool = False,
     label_empty_think: bool = False,
+    written: dict[Hashable, Segment] | None = None,
 ) -> Rendered:
     """Write a conversation as the family's template does, and labelled turns as they are generated.
 
@@ -60,34 +60,63 @@ def write_conversation(
         keep_reasoning: write the reasoning of earlier turns too, which the templates strip.
         label_empty_think: label an empty think block too, which otherwise counts as prompt as far
             as a prompt can give it.
+        written: keeps turns for other calls that write the beginning of the same conversation, with
+            the same tools, family and `label_empty_think`.
     """
-    writer = PieceWriter()
-    _write_system(writer, messages, tools, fmt)
+    written = {} if written is None else written
     last_query = last_query_index(messages)
+    segments = []
     for index, message in enumerate(messages):
-        trained = index in labelled
-        if message.role == "tool":
-            _write_tool_result(writer, messages, index, fmt)
-        elif message.role == "assistant" and fmt.xml_tools:
-            _write_xml_answer(writer, message, trained=trained)
-        elif message.role == "assistant":
+        form: tuple[bool, ...] = ()
+        if message.role == "assistant":
+            trained = index in labelled
             # The last turn of a text, or of the history that a labelled answer was given, has one.
             is_last = index == len(messages) - 1 or index + 1 in labelled
             kept = message.reasoning and keep_reasoning
             in_round = index > last_query and (is_last or message.reasoning)
-            thinks = fmt.thinks and bool(trained or kept or in_round)
-            _open_turn(writer, "assistant")
-            if thinks:
-                is_produced = message.reasoning is not None or label_empty_think
-                _write_think(
-                    writer, message.reasoning or "", fmt, trained=trained, is_produced=is_produced
-                )
-            _write_json_answer(writer, message, after_think=thinks, trained=trained)
-        elif index > 0 or message.role == "user":
-            _open_turn(writer, message.role)
-            writer.plain(message.content)
-            _close_turn(writer)
-    return writer.finish()
+            form = trained, fmt.thinks and bool(trained or kept or in_round)
+        elif message.role == "tool":
+            form = _place_among_results(messages, index)
+        key = index, form
+        if key not in written:
+            writer = PieceWriter()
+            if index == 0:
+                _write_system(writer, messages, tools, fmt)
+            _write_turn(writer, index, message, form, fmt, label_empty_think=label_empty_think)
+            written[key] = writer.finish()
+        segments.append(written[key])
+    return Rendered(tuple(segments))
+
+
+def _place_among_results(messages: Sequence[Message], index: int) -> tuple[bool, bool]:
+    """Return whether a result is the first and the last of its user turn."""
+    is_first = index == 0 or messages[index - 1].role != "tool"
+    is_last = index == len(messages) - 1 or messages[index + 1].role != "tool"
+    return is_first, is_last
+
+
+def _write_turn(
+    writer: PieceWriter, index: int, message: Message, form: tuple[bool, ...], fmt: ChatFormat, *,
+    label_empty_think: bool,
+) -> None:  # fmt: skip
+    """Write a turn; `form` is (trained, thinks) of an answer, (first, last) of a tool's result."""
+    if message.role == "tool":
+        is_first, is_last = form
+        _write_tool_result(writer, message, fmt, is_first=is_first, is_last=is_last)
+    elif message.role == "assistant" and fmt.xml_tools:
+        _write_xml_answer(writer, message, trained=form[0])
+    elif message.role == "assistant":
+        trained, thinks = form
+        _open_turn(writer, "assistant")
+        if thinks:
+            is_produced = message.reasoning is not None or label_empty_think
+            reasoning = message.reasoning or ""
+            _write_think(writer, reasoning, fmt, trained=trained, is_produced=is_produced)
+        _write_json_answer(writer, message, after_think=thinks, trained=trained)
+    elif index > 0 or message.role == "user":
+        _open_turn(writer, message.role)
+        writer.plain(message.content)
+        _close_turn(writer)
 
 
 def write_prompt(
@@ -145,19 +174,19 @@ def _write_system(
 
 
 def _write_tool_result(
-    writer: PieceWriter, messages: Sequence[Message], index: int, fmt: ChatFormat
+    writer: PieceWriter, message: Message, fmt: ChatFormat, *, is_first: bool, is_last: bool
 ) -> None:
     """Write one result; neighbouring results share one user turn."""
     before, after = ("", "\n") if fmt.xml_tools else ("\n", "")
-    if index == 0 or messages[index - 1].role != "tool":
+    if is_first:
         writer.control(IM_START)
         writer.plain("user" + after)
     writer.plain(before)
     writer.control(TOOL_RESPONSE)
-    writer.plain("\n" + messages[index].content + "\n")
+    writer.plain("\n" + message.content + "\n")
     writer.control(END_TOOL_RESPONSE)
     writer.plain(after)
-    if index == len(messages) - 1 or messages[index + 1].role != "tool":
+    if is_last:
         _close_turn(writer)
 
 

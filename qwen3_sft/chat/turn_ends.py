@@ -33,7 +33,7 @@ class TurnEnds:
 
     def count(
         self, ids: np.ndarray, trained: np.ndarray, limit: int, *, is_given: bool
-    ) -> Counter[str]:
+    ) -> dict[str, int]:
         """Return how many labelled turns of a sample each end token ends.
 
         Args:
@@ -43,11 +43,14 @@ class TurnEnds:
             is_given: the row came tokenised, so that its turns may end in any special token; a
                 newline after it may carry a label too, as `--train_on all` labels it.
         """
+        if not is_given:
+            labelled = ids[:limit][trained[:limit]]
+            counted = {i: int(np.count_nonzero(labelled == i)) for i in self._known}
+            return {self._names[i]: count for i, count in counted.items() if count}
         is_end = trained & np.isin(ids, self._known)
-        if is_given:
-            last = np.flatnonzero(trained & ~np.append(trained[1:], False))
-            after = (ids[last] == self._newline) & (last > 0)
-            is_end[np.where(after & trained[last - 1], last - 1, last)] = True
+        last = np.flatnonzero(trained & ~np.append(trained[1:], False))
+        after = (ids[last] == self._newline) & (last > 0)
+        is_end[np.where(after & trained[last - 1], last - 1, last)] = True
         found = ids[:limit][is_end[:limit]].tolist()
         return Counter(self._names[token] for token in found if token in self._names)
 

@@ -16,13 +16,8 @@ from qwen3_sft.data.readers import find_entries, find_sources
 from qwen3_sft.data.report import check_drops, make_report, report_origin, report_text
 from qwen3_sft.data.source_counts import SourceCounts
 from qwen3_sft.data.template_check import TemplateCheck
-from qwen3_sft.data.tokenize_rows import (
-    Counts,
-    RowTokenizer,
-    TokenizedRows,
-    TokenizedSample,
-    tokenize_chunks,
-)
+from qwen3_sft.data.tokenize_rows import Counts, RowTokenizer, tokenize_chunks
+from qwen3_sft.data.tokenized_rows import TokenizedRows, TokenizedSample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +55,7 @@ def inspect(
             from what is trained, or when `json` has no sample.
     """
     sources = find_sources(args)
-    tokenize = RowTokenizer(Encoder(tokenizer), tokenize_options(args, tokenizer))
+    tokenize = RowTokenizer(Encoder(tokenizer, fast=False), tokenize_options(args, tokenizer))
     check = TemplateCheck(tokenize.options, tokenizer, is_explicit=args.chat_format != "auto")
     read = RowsRead()
     counts = Counts(warnings=read.warnings)
@@ -70,7 +65,7 @@ def inspect(
     chunks = list(check(_until(tokenize_chunks(tokenize, rows, num_proc=1, chunk_rows=1), n)))
     for chunk in chunks:
         counts.merge(chunk.counts)
-        of_sources.add(chunk.samples)
+        of_sources.add(chunk.packed())
     samples = [sample for chunk in chunks for sample in chunk.samples]
     report = make_report(counts, np.array([len(sample.ids) for sample in samples], np.int64))
     report.update(report_origin(sources, read.formats, tokenize.options))

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from qwen3_sft.chat import (
     contexts,
     control_tokens,
     encoding,
+    fast_bpe,
     features,
     pieces,
     render,
@@ -35,9 +36,10 @@ from qwen3_sft.data import (
     json_rows,
     raw_rows,
     readers,
-    table_rows,
     tally,
+    token_store,
     tokenize_rows,
+    tokenized_rows,
     turns,
     workers,
 )
@@ -48,7 +50,9 @@ from qwen3_sft.data.files import (
     datasets_rows,
     file_kinds,
     folders,
+    line_ranges,
     splits,
+    table_rows,
     txt_rows,
 )
 from qwen3_sft.data.rows import (
@@ -77,11 +81,11 @@ LAYOUT = 3  # of the cache folder; raise it when the meaning of its files change
 # A row's way to tokens, all of it: a forgotten module would serve stale caches (a test checks).
 TOKENISERS = (
     answers, calls, choose_rows, columns, compressed, content, contexts, control_tokens,
-    conversations, counts, csv_rows, dataset_card, datasets_rows, defects, encoding, features,
-    fields, file_kinds, folders, formats, json_rows, loss_flags, nulls, pieces, plain, questions,
-    raw_rows, readers, reasoning, refused, render, samples, source, splits, table_rows, tally,
-    templates, text, token_rows, tokenize_rows, turn_ends, turns, txt_rows, values, workers,
-    written, written_calls,
+    conversations, counts, csv_rows, dataset_card, datasets_rows, defects, encoding, fast_bpe,
+    features, fields, file_kinds, folders, formats, json_rows, line_ranges, loss_flags, nulls,
+    pieces, plain, questions, raw_rows, readers, reasoning, refused, render, samples, source,
+    splits, table_rows, tally, templates, text, token_rows, token_store, tokenize_rows,
+    tokenized_rows, turn_ends, turns, txt_rows, values, workers, written, written_calls,
 )  # fmt: skip
 _SETTLED_S = 2.0  # a file changed more recently may change again within the clock's resolution
 
@@ -118,6 +122,21 @@ class FileHashes:
             self._new[identity] = digest
         return digest
 
+    def of_loaded(self, path: Path, state: str, make: Callable[[], str]) -> str:
+        """Return what was made of a file that is in memory, as it is remembered for its content.
+
+        Args:
+            path: of the file.
+            state: all that may have been changed in memory since it was read.
+            make: takes long.
+        """
+        identity = f"loaded|{self(path)}|{text_hash(state)}|"
+        if identity not in self._known:
+            self._known[identity] = made = make()
+            if time.time() - path.stat().st_mtime > _SETTLED_S:
+                self._new[identity] = made
+        return self._known[identity]
+
     def save(self) -> None:
         """Write what was learnt; a run that saves at the same moment may win, at no harm."""
         if not self._new:
@@ -129,6 +148,7 @@ class FileHashes:
         partial = self.memo.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps({**known, **self._new}), encoding="utf-8")
         partial.replace(self.memo)
+        self._new = {}
 
 
 def _blake2() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from qwen3_sft.data.rows.defects import MOST_LISTED
@@ -46,6 +47,13 @@ class Counts:
         self.rows_dropped.add(kind, location)
         if len(self.dropped) < MOST_LISTED:
             self.dropped.append((location, reason or kind))
+
+    def add_splits(self, lengths: Iterable[list[int]]) -> None:
+        """Count rows of several samples, given the tokens of each sample of each row."""
+        for of_row in (tokens for tokens in lengths if len(tokens) > 1):
+            self.rows_split += 1
+            self.samples_of_split_rows += len(of_row)
+            self.tokens_repeated += sum(of_row) - max(of_row)
 
     def merge(self, later: Counts) -> None:
         """Add the counts of rows that come after these."""

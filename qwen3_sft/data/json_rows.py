@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -52,20 +52,43 @@ def jsonl_rows(path: Path, tally: Tally, *, drop_bad: bool = False) -> Iterator[
         yield from json_rows(path)
         return
     with open_bytes(path) as file:
-        for number, raw in enumerate(file, 1):
-            line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
-            location = f"{path}:{number}"
-            if not line.strip():
-                tally.add(BLANK_LINE, location)
-                continue
-            try:
-                row = _as_object(_decode_line(line, location), location)
-            except DataError as error:
-                if not drop_bad:
-                    raise
-                yield location, BadRow(error)
-            else:
-                yield location, row
+        yield from line_rows(path, file, 1, tally, drop_bad=drop_bad)
+
+
+def line_rows(
+    path: Path, lines: Iterable[bytes], first: int, tally: Tally, *, drop_bad: bool
+) -> Iterator[Row]:
+    """Yield the rows of lines of a file, as `jsonl_rows` does.
+
+    Args:
+        path: of the file, for locations.
+        lines: bytes with their ends.
+        first: number of the first of them.
+        tally: counts blank lines.
+        drop_bad: as for `jsonl_rows`.
+
+    Raises:
+        DataError: as `jsonl_rows`.
+    """
+    for number, raw in enumerate(lines, first):
+        line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+        location = f"{path}:{number}"
+        if is_blank(raw, number):
+            tally.add(BLANK_LINE, location)
+            continue
+        try:
+            row = _as_object(_decode_line(line, location), location)
+        except DataError as error:
+            if not drop_bad:
+                raise
+            yield location, BadRow(error)
+        else:
+            yield location, row
+
+
+def is_blank(line: bytes, number: int) -> bool:
+    """Whether a line has no row; the first of a file may begin with a byte order mark."""
+    return line.isspace() or (number == 1 and not line.removeprefix(codecs.BOM_UTF8).strip())
 
 
 def is_one_per_line(path: Path) -> bool:

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,22 +22,18 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from qwen3_sft.chat.encoding import Encoder
+from qwen3_sft.chat.ids_check import IdsCheck
 from qwen3_sft.chat.render import detect_chat_format
 from qwen3_sft.data.cache_key import cache_key
 from qwen3_sft.data.identity import cache_folder, parts_of, say_what_is_asked
-from qwen3_sft.data.raw_rows import RowsRead, raw_rows
+from qwen3_sft.data.raw_rows import RowsRead, rows_or_ranges
 from qwen3_sft.data.readers import EntrySource, find_entries, find_sources
 from qwen3_sft.data.report import check_drops, make_report, report_origin, report_text
 from qwen3_sft.data.source_counts import SourceCounts
 from qwen3_sft.data.template_check import TemplateCheck, chat_template
 from qwen3_sft.data.token_store import TokenDataset, TokenWriter
-from qwen3_sft.data.tokenize_rows import (
-    Counts,
-    RowTokenizer,
-    TokenizedSample,
-    TokenizeOptions,
-    tokenize_chunks,
-)
+from qwen3_sft.data.tokenize_rows import Counts, RowPacker, TokenizeOptions, tokenize_chunks
+from qwen3_sft.data.workers import few_collections
 from qwen3_sft.errors import DataError, told_as
 
 if TYPE_CHECKING:
@@ -162,16 +158,21 @@ def _build(
     """Make the cache in a folder beside it and rename that; the lock is held."""
     started = time.perf_counter()
     _remove_leftovers(folder)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
-    try:
-        with TokenWriter(partial) as writer:
-            report = _tokenize(writer, args, sources, entries, options, tokenizer)
-            report["key"] = folder.name
-            report["seconds"] = round(time.perf_counter() - started, 3)
-            writer.finish(report)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # there is none after the rename
+    for fast in (True, False):
+        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+        try:
+            with TokenWriter(partial) as writer, few_collections():
+                encoder = Encoder(tokenizer, fast=fast)
+                report = _tokenize(writer, args, sources, entries, options, encoder, tokenizer)
+                if report is None:
+                    continue
+                report["key"] = folder.name
+                report["seconds"] = round(time.perf_counter() - started, 3)
+                writer.finish(report)
+            partial.rename(folder)
+            return
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # there is none after the rename
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -187,18 +188,23 @@ def _tokenize(
     sources: list[EntrySource],
     entries: list[DataEntry],
     options: TokenizeOptions,
+    encoder: Encoder,
     tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, Any]:
-    """Write the tokens of all rows; return the report."""
+) -> dict[str, Any] | None:
+    """Write the tokens of all rows; return the report, or None if they are not the tokenizer's."""
     read, lengths = RowsRead(), []
     counts, of_sources = Counts(warnings=read.warnings), SourceCounts(entries, read)
-    rows = raw_rows(sources, args, read)
-    tokenize = RowTokenizer(Encoder(tokenizer), options)
+    num_proc = _num_proc(args, sources)
+    rows = rows_or_ranges(sources, args, read, in_ranges=num_proc > 1)
+    are_right = IdsCheck(encoder, tokenizer)
     check = TemplateCheck(options, tokenizer, is_explicit=args.chat_format != "auto")
-    chunks = check(tokenize_chunks(tokenize, rows, num_proc=_num_proc(args, sources)))
-    with tqdm(desc="tokenising", unit=" rows", delay=2) as progress:
-        for chunk in chunks:
-            lengths.append(_append(writer, chunk.samples))
+    tokenized = tokenize_chunks(RowPacker(encoder, options), rows, num_proc=num_proc)
+    with tqdm(desc="tokenising", unit=" rows", delay=2) as progress, closing(tokenized) as chunks:
+        for chunk in check(chunks):
+            if not are_right(chunk.proof):
+                return None
+            lengths.append(chunk.samples.lengths)
+            writer.append(chunk.samples)
             of_sources.add(chunk.samples)
             counts.merge(chunk.counts)
             progress.update(chunk.counts.rows_in)
@@ -218,16 +224,3 @@ def _num_proc(args: DataArguments, sources: list[EntrySource]) -> int:
     if are_local and sum(file.stat().st_size for file in files) < _SMALL_BYTES:
         return 1  # the tokenizer's own threads are done before a process has started
     return min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
-
-
-def _append(writer: TokenWriter, samples: list[TokenizedSample]) -> np.ndarray:
-    """Write samples; return their lengths."""
-    lengths = np.array([len(sample.ids) for sample in samples], np.int64)
-    if samples:
-        writer.append(
-            np.concatenate([sample.ids for sample in samples]),
-            np.concatenate([sample.trained for sample in samples]),
-            lengths,
-            np.array([sample.row for sample in samples], np.int64),
-        )
-    return lengths

@@ -19,7 +19,8 @@ from qwen3_sft.data.files.compressed import kind_of
 from qwen3_sft.data.files.datasets_rows import HubSource, SavedSource
 from qwen3_sft.data.files.file_kinds import KINDS, FileOptions, file_rows, is_data_file
 from qwen3_sft.data.files.folders import folder_files, saved_split
-from qwen3_sft.data.json_rows import Row
+from qwen3_sft.data.files.line_ranges import LineRange, line_ranges
+from qwen3_sft.data.json_rows import Row, is_one_per_line
 from qwen3_sft.data.tally import Tally
 from qwen3_sft.errors import DataError, told_as
 from qwen3_sft.options.data_entries import DataEntry, read_entries
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from qwen3_sft.options.data_args import DataArguments
 
 
+_LINES = ((".jsonl", ""), (".ndjson", ""))  # plain files of one row a line
 Digest = Callable[[Path], str]  # content hash of a file
 
 
@@ -125,7 +127,7 @@ def _find(entry: DataEntry, args: DataArguments, *, eval: bool) -> list[RowSourc
     asked = entry.split or (None if eval else args.dataset_split)
     if path.is_file():
         _refuse_parts_of_file(entry, args)
-        return [_FileSource(path, options)]
+        return [FileSource(path, options)]
     if path.is_dir():
         return _folder_sources(path, asked, entry.name, options)
     base, colon, split = name.rpartition(":")
@@ -193,7 +195,7 @@ def _folder_sources(
         _check_saved_split(folder, asked)
         return [SavedSource(folder)]
     files = folder_files(folder, asked, config, _is_data, kinds=", ".join(KINDS))
-    return [_FileSource(path, options) for path in files]
+    return [FileSource(path, options) for path in files]
 
 
 def _is_data(path: Path) -> bool:
@@ -211,13 +213,23 @@ def _check_saved_split(folder: Path, asked: str | None) -> None:
 
 
 @dataclass(frozen=True)
-class _FileSource:
+class FileSource:
+    """The rows of one file."""
+
     path: Path
     options: FileOptions
 
     @property
     def name(self) -> str:
+        """What the report calls it."""
         return str(self.path)
+
+    def ranges(self, skip: int, limit: int | None, tally: Tally) -> Iterator[LineRange] | None:
+        """Return stretches for other processes to read, as `line_ranges`; None if it has none."""
+        with told_as(DataError, self.path, OSError):
+            if kind_of(self.path) not in _LINES or not is_one_per_line(self.path):
+                return None
+        return line_ranges(self.path, skip, limit, tally)
 
     def rows(self, tally: Tally) -> Iterator[Row]:
         """Yield the rows of a file by its ending."""
@@ -225,5 +237,6 @@ class _FileSource:
             yield from file_rows(self.path, tally, self.options)
 
     def identity(self, digest: Digest) -> str:
+        """Return the hash of the file, with its ending, which decides how it is read."""
         with told_as(DataError, self.path, OSError):
             return f"{''.join(self.path.suffixes[-2:])} {digest(self.path)}"

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_sft.data.raw_rows import RowsRead
-from qwen3_sft.data.token_store import entry_of
-from qwen3_sft.data.tokenize_rows import TokenizedSample
+from qwen3_sft.data.token_store import PackedSamples, entry_of
 from qwen3_sft.options.data_entries import DataEntry, source_names
 
 _COUNTED = ("rows_used", "samples_used", "tokens_used", "label_tokens")
@@ -23,20 +22,18 @@ class SourceCounts:
         self._entries, self._read = entries, read
         self._counts = np.zeros((len(_COUNTED), len(entries)), np.int64)
 
-    def add(self, samples: Sequence[TokenizedSample]) -> None:
+    def add(self, samples: PackedSamples) -> None:
         """Count used samples; those of one row come together."""
-        if not samples:
+        if not len(samples.rows):
             return
         first_rows, size = self._read.first_rows, len(self._entries)
-        rows = np.array([sample.row for sample in samples], np.int64)
-        of_sample, of_row = entry_of(rows, first_rows), entry_of(np.unique(rows), first_rows)
-        tokens = [len(sample.ids) for sample in samples]
-        labels = [sample.trained.sum() for sample in samples]
+        of_sample = entry_of(samples.rows, first_rows)
+        of_row = entry_of(np.unique(samples.rows), first_rows)
         self._counts += [
             np.bincount(of_row, minlength=size),
             np.bincount(of_sample, minlength=size),
-            np.bincount(of_sample, tokens, size).astype(np.int64),
-            np.bincount(of_sample, labels, size).astype(np.int64),
+            np.bincount(of_sample, samples.lengths, size).astype(np.int64),
+            np.bincount(of_sample, samples.labels, size).astype(np.int64),
         ]
 
     def report(self, rows_in: int) -> list[dict[str, Any]]:

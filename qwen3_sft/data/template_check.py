@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from qwen3_sft.chat.samples import Conversation
 from qwen3_sft.chat.self_check import Comparison, comparisons, self_check
@@ -17,11 +17,14 @@ from qwen3_sft.chat.template_process import is_shipped
 from qwen3_sft.data.choose_rows import ChosenRow, RowChooser
 from qwen3_sft.data.formats import parse_row
 from qwen3_sft.data.raw_rows import RawRow
-from qwen3_sft.data.tokenize_rows import TokenizedRows, TokenizeOptions
+from qwen3_sft.data.tokenize_rows import TokenizeOptions
+from qwen3_sft.data.tokenized_rows import PackedRows, TokenizedRows
 from qwen3_sft.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Chunk = TypeVar("Chunk", TokenizedRows, PackedRows)
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ class TemplateCheck:
         self._waiting: list[RawRow] = []
         self._is_told = False
 
-    def __call__(self, chunks: Iterable[TokenizedRows]) -> Iterator[TokenizedRows]:
+    def __call__(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         """Pass tokenised rows on and check them: all have been when this ends.
 
         A template of unknown origin gets a process of its own, which takes seconds to start, so

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -123,6 +124,25 @@ def _open(path: Path) -> np.ndarray:
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedSamples:
+    """Samples that lie end to end.
+
+    Attributes:
+        ids: (n,) int32.
+        trained: (n,) bool.
+        lengths: (s,) int64, adding up to n.
+        rows: (s,) int64, the input row of each sample.
+        labels: (s,) int64, how many tokens of each are trained.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    lengths: np.ndarray
+    rows: np.ndarray
+    labels: np.ndarray
+
+
 class TokenWriter:
     """Write a token folder sample by sample, in constant memory.
 
@@ -145,22 +165,13 @@ class TokenWriter:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def append(
-        self, ids: np.ndarray, trained: np.ndarray, lengths: np.ndarray, rows: np.ndarray
-    ) -> None:
-        """Add samples that lie end to end.
-
-        Args:
-            ids: (n,) int32.
-            trained: (n,) bool.
-            lengths: (s,) int64, adding up to n.
-            rows: (s,) int64, the input row of each sample.
-        """
-        self._arrays["ids"].append(ids)
-        self._arrays["trained"].append(trained)
-        self._arrays["offsets"].append(self.tokens + np.cumsum(lengths))
-        self._arrays["rows"].append(rows)
-        self.tokens += len(ids)
+    def append(self, samples: PackedSamples) -> None:
+        """Add samples."""
+        self._arrays["ids"].append(samples.ids)
+        self._arrays["trained"].append(samples.trained)
+        self._arrays["offsets"].append(self.tokens + np.cumsum(samples.lengths))
+        self._arrays["rows"].append(samples.rows)
+        self.tokens += len(samples.ids)
 
     def finish(self, report: dict[str, Any]) -> None:
         """Write the report and force everything to the disk."""

@@ -6,12 +6,11 @@ This module is what a worker process imports, so it stays clear of torch and tra
 from __future__ import annotations
 
 import heapq
-import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -22,13 +21,17 @@ from qwen3_sft.chat.render import render, render_plain
 from qwen3_sft.chat.samples import Conversation, Dropped, PlainText, Tokens
 from qwen3_sft.data.choose_rows import ChosenRow, RowChooser
 from qwen3_sft.data.counts import NUM_LONGEST, Counts
+from qwen3_sft.data.files.line_ranges import MOST_ROWS
 from qwen3_sft.data.formats import parse_row
-from qwen3_sft.data.raw_rows import RawRow
+from qwen3_sft.data.raw_rows import RawRow, RowRange
 from qwen3_sft.data.rows.defects import BAD_ROW
+from qwen3_sft.data.tokenized_rows import PackedRows, Proof, TokenizedRows, TokenizedSample
 from qwen3_sft.data.workers import map_in_workers
 from qwen3_sft.errors import DataError
 
-logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+_PROVED_FIRST, _PROVED_EVERY = 64, 1024  # rows whose ids are compared with the tokenizer's
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +55,6 @@ class TokenizeOptions:
     on_bad_row: Literal["error", "drop"] = "error"
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizedSample:
-    """One document: ids (n,) int32, trained (n,) bool, and where it came from."""
-
-    row: int
-    location: str
-    ids: np.ndarray
-    trained: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizedRows:
-    """The samples of some rows, in order, what became of all rows, and rows to check."""
-
-    samples: list[TokenizedSample]
-    counts: Counts
-    chosen: list[ChosenRow]
-
-
 class RowTokenizer:
     """Turn raw rows into samples of at most `max_length` tokens, counting all that is lost."""
 
@@ -79,12 +63,15 @@ class RowTokenizer:
         self.options = options
         self._chooser = RowChooser()
 
-    def __call__(self, rows: list[RawRow]) -> TokenizedRows:
+    def __call__(self, chunk: list[RawRow] | RowRange) -> TokenizedRows:
         """Tokenise some rows.
 
         Raises:
             DataError: for a row that cannot be trained on, or is too long with overlong="error".
         """
+        if isinstance(chunk, RowRange):
+            return self._read_and_tokenize(chunk)
+        rows = chunk
         counts = Counts(rows_in=len(rows))
         chosen: list[ChosenRow] = []
         made = [
@@ -93,7 +80,10 @@ class RowTokenizer:
             for rendered in self._render_or_drop(row, counts, chosen)
         ]
         encoded = iter(self.encoder.encode_batch([r for _, r in made if not isinstance(r, Tokens)]))
+        numbers = {row.raw.number for row in chosen}
+        proof = self._proof(r for row, r in made if _is_proved(row.number) or row.number in numbers)
         used: list[TokenizedSample] = []
+        longest: list[tuple[int, str]] = []
         lost: dict[int, str] = {}
         lengths: dict[int, list[int]] = {}
         for row, rendered in made:
@@ -103,18 +93,41 @@ class RowTokenizer:
                 ids, trained = next(encoded)
             sample = TokenizedSample(row.number, row.location, ids, trained)
             lengths.setdefault(row.number, []).append(len(ids))
+            longest.append((len(ids), row.location))
             fitted = self._fit(sample, counts)
             if isinstance(fitted, Dropped):
                 counts.samples_dropped.add(fitted.reason, row.location)
                 lost.setdefault(row.number, fitted.reason)
             else:
                 used.append(fitted)
-                counts.turn_ends += self.encoder.turn_ends.count(
+                ends = self.encoder.turn_ends.count(
                     ids, trained, len(fitted.ids), is_given=isinstance(rendered, Tokens)
                 )
+                counts.turn_ends.update(ends)
+        counts.longest = heapq.nlargest(NUM_LONGEST, longest)
         _count_rows(rows, used, lost, counts)
-        _count_splits(lengths.values(), counts)
-        return TokenizedRows(used, counts, chosen)
+        counts.add_splits(lengths.values())
+        return TokenizedRows(used, counts, chosen, proof)
+
+    def _read_and_tokenize(self, chunk: RowRange) -> TokenizedRows:
+        rows: list[RawRow] = []
+        try:
+            rows.extend(chunk.rows())
+        except DataError:
+            RowTokenizer.__call__(self, rows)  # an error of a row before comes first
+            raise
+        return RowTokenizer.__call__(self, rows)
+
+    def _proof(self, made: Iterable[Rendered | Tokens]) -> list[Proof]:
+        """Return the texts of some samples with their ids."""
+        texts = {
+            piece.text: None
+            for rendered in made
+            if isinstance(rendered, Rendered)
+            for piece in rendered.pieces
+            if not piece.control
+        }
+        return list(zip(texts, self.encoder.encode_texts(list(texts)), strict=True))
 
     def _render_or_drop(
         self, row: RawRow, counts: Counts, chosen: list[ChosenRow]
@@ -177,7 +190,6 @@ class RowTokenizer:
         length, limit = len(sample.ids), self.options.max_length
         counts.samples_in += 1
         counts.tokens_in += length
-        counts.longest = heapq.nlargest(NUM_LONGEST, [*counts.longest, (length, sample.location)])
         reason = "no label"
         if length > limit:
             if self.options.overlong == "error":
@@ -191,14 +203,29 @@ class RowTokenizer:
             reason = f"no label after truncation to {limit}"
         trained = sample.trained[:limit].copy()
         trained[:1] = False  # nothing comes before a document's first token to predict it from
-        if not trained.any():
+        labels = int(np.count_nonzero(trained))
+        if not labels:
             counts.tokens_dropped += length
             return Dropped(reason)
         counts.samples_truncated += length > limit
         counts.tokens_truncated += max(length - limit, 0)
         counts.tokens_used += len(trained)
-        counts.label_tokens += int(trained.sum())
+        counts.label_tokens += labels
         return TokenizedSample(sample.row, sample.location, sample.ids[:limit], trained)
+
+
+class RowPacker(RowTokenizer):
+    """A `RowTokenizer` whose results are packed."""
+
+    def __call__(self, chunk: list[RawRow] | RowRange) -> PackedRows:  # type: ignore[override]
+        """Tokenise some rows."""
+        rows = super().__call__(chunk)
+        return PackedRows(rows.packed(), rows.counts, rows.chosen, rows.proof)
+
+
+def _is_proved(row: int) -> bool:
+    """Whether the texts of a row are compared with the tokenizer, whatever is in them."""
+    return row < _PROVED_FIRST or row % _PROVED_EVERY == 0
 
 
 def _count_rows(
@@ -212,20 +239,22 @@ def _count_rows(
             counts.drop(lost[row.number], row.location)
 
 
-def _count_splits(lengths: Iterable[list[int]], counts: Counts) -> None:
-    """Count rows of several samples, given the tokens of each sample of each row."""
-    for of_row in (tokens for tokens in lengths if len(tokens) > 1):
-        counts.rows_split += 1
-        counts.samples_of_split_rows += len(of_row)
-        counts.tokens_repeated += sum(of_row) - max(of_row)
-
-
 def tokenize_chunks(
-    tokenize: RowTokenizer, rows: Iterable[RawRow], *, num_proc: int, chunk_rows: int = 256
-) -> Iterator[TokenizedRows]:
+    tokenize: Callable[[list[RawRow] | RowRange], Result],
+    rows: Iterable[RawRow | RowRange],
+    *,
+    num_proc: int,
+    chunk_rows: int = MOST_ROWS,
+) -> Generator[Result]:
     """Tokenise rows in chunks, in order, with as many processes as pay off.
 
     The first error in the order of the rows is the one that is raised, whoever met it.
+
+    Args:
+        tokenize: makes something of a chunk.
+        rows: in order; a range is a chunk of its own, read by the process that gets it.
+        num_proc: processes.
+        chunk_rows: of other chunks.
 
     Raises:
         ValueError: if `num_proc` is below 1.
@@ -233,10 +262,34 @@ def tokenize_chunks(
     """
     if num_proc < 1:
         raise ValueError(f"num_proc is {num_proc}; set it to 1 or more")
-    iterator = iter(rows)
-    chunks = iter(lambda: list(islice(iterator, chunk_rows)), [])
-    if num_proc == 1:
-        return map(tokenize, chunks)
-    first = list(islice(chunks, 2))  # one chunk is done before a process has started
+    chunks = _chunks(rows, chunk_rows)
+    # One chunk is done before a process has started.
+    first = list(islice(chunks, 2)) if num_proc > 1 else []
     chunks = chain(first, chunks)
-    return map(tokenize, chunks) if len(first) < 2 else map_in_workers(tokenize, chunks, num_proc)
+    if len(first) < 2:
+        return (tokenize(chunk) for chunk in chunks)
+    return map_in_workers(tokenize, chunks, num_proc)
+
+
+def _chunks(
+    rows: Iterable[RawRow | RowRange], chunk_rows: int
+) -> Iterator[list[RawRow] | RowRange]:
+    """Yield ranges as they are, and the rows between them in lists."""
+    chunk: list[RawRow] = []
+    try:
+        for row in rows:
+            if isinstance(row, RawRow):
+                chunk.append(row)
+                if len(chunk) < chunk_rows:
+                    continue
+            if chunk:
+                yield chunk
+                chunk = []
+            if isinstance(row, RowRange):
+                yield row
+    except DataError:
+        if chunk:
+            yield chunk  # an error of a row before comes first
+        raise
+    if chunk:
+        yield chunk

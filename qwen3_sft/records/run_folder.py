@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 _PACKAGES = (
     "qwen3-sft", "torch", "triton", "transformers", "accelerate", "trl", "datasets",
-    "liger-kernel", "torchao", "flash-attn", "flash-attn-4", "deepspeed", "tokenizers",
+    "liger-kernel", "torchao", "flash-attn", "flash-attn-4", "deepspeed", "tokenizers", "tiktoken",
 )  # fmt: skip
 
 

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import closing
+from importlib import import_module
 
-from qwen3_sft.data.tokenize_rows import Counts, TokenizedRows, tokenize_chunks
+from qwen3_sft.data.tokenize_rows import Counts, tokenize_chunks
+from qwen3_sft.data.tokenized_rows import TokenizedRows
 from qwen3_sft.errors import unless_stopped
 
 
 def slow(rows: list) -> TokenizedRows:
     """Take a while for a chunk."""
     time.sleep(0.3)
-    return TokenizedRows([], Counts(), [])
+    return TokenizedRows([], Counts(), [], [])
 
 
 def main() -> int:
     """Tokenise without end; say when the workers have begun."""
     endless = iter(int, 1)
-    for number, _ in enumerate(tokenize_chunks(slow, endless, num_proc=2)):  # type: ignore[arg-type]
-        if number == 3:
-            sys.stdout.write("at work\n")
-            sys.stdout.flush()
+    # Processes that tokenise do not import the program that starts them.
+    known = import_module("tests.data.interrupted_workers").slow
+    with closing(tokenize_chunks(known, endless, num_proc=2)) as chunks:  # type: ignore[arg-type]
+        for number, _ in enumerate(chunks):
+            if number == 3:
+                sys.stdout.write("at work\n")
+                sys.stdout.flush()
     return 0
 
 

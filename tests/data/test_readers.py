@@ -83,7 +83,7 @@ def test_json_memory_follows_the_row_and_not_the_file(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
 def test_tables(folder, monkeypatch, name):
-    monkeypatch.setattr("qwen3_sft.data.table_rows._BATCH_ROWS", 2)
+    monkeypatch.setattr("qwen3_sft.data.files.table_rows._BATCH_ROWS", 2)
     if name == "a.parquet":
         pq.write_table(pa.Table.from_pylist(ROWS), name, row_group_size=3)
     else:

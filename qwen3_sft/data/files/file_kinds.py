@@ -8,9 +8,9 @@ from pathlib import Path
 
 from qwen3_sft.data.files.compressed import COMPRESSED, kind_of
 from qwen3_sft.data.files.csv_rows import csv_rows
+from qwen3_sft.data.files.table_rows import arrow_rows, parquet_rows
 from qwen3_sft.data.files.txt_rows import TxtRows, txt_rows
 from qwen3_sft.data.json_rows import Row, json_rows, jsonl_rows
-from qwen3_sft.data.table_rows import arrow_rows, parquet_rows
 from qwen3_sft.data.tally import Tally
 from qwen3_sft.errors import DataError
 
