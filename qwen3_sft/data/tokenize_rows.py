@@ -278,7 +278,7 @@ def _chunks(
     chunk: list[RawRow] = []
     try:
         for row in rows:
-            if isinstance(row, RawRow):
+            if not isinstance(row, RowRange):
                 chunk.append(row)
                 if len(chunk) < chunk_rows:
                     continue
