@@ -48,7 +48,7 @@ elif ! gib="$(timeout -k 5 90 "$python" -c \
   refuse 3 "no CUDA GPU (or no torch that sees one) on this machine; nothing was run"
 fi
 
-trap '' HUP # a terminal that goes away ends nothing
+trap '' HUP PIPE # a terminal or a reader that goes away ends nothing
 scratch="$(mktemp -d)" || refuse 3 "no temporary folder"
 trap 'rm -rf "$scratch"' EXIT
 results="$out"
@@ -69,7 +69,8 @@ current=""
 packages="" # that are missing
 
 processes_of() { # STEP: all that it started, in whatever session or group they are
-  grep -lzxF "BENCH_STEP=$scratch/$1" /proc/[0-9]*/environ 2>/dev/null | cut -d / -f 3
+  # Not by grep's exit code: others end while it reads.
+  grep -lzxF "BENCH_STEP=$scratch/$1" /proc/[0-9]*/environ 2>/dev/null | cut -d / -f 3 || true
 }
 
 end_processes() { # STEP: at once; what hangs in the driver is left behind
@@ -93,7 +94,7 @@ summarize() {
     echo "bench/gpu.sh${STEPS:+, steps}${TUNE:+, tune}: $SECONDS s of $total${BENCH_MARK:+; $BENCH_MARK}"
     for name in "${names[@]}"; do
       said="${ending[$name]}"
-      case "$said" in ok | "not run"*) ;; *) bad+=" $name" ;; esac
+      case "$said" in ok | "not run"* | "is running") ;; *) bad+=" $name" ;; esac
       for file in ${files[$name]}; do
         if [ -s "$results/$file" ] && [ "$results/$file" -nt "$stamp" ]; then
           if [ "$said" = ok ]; then echo "written  $file"; else
@@ -104,6 +105,7 @@ summarize() {
         lacking+=" $file"
         case "$said" in
           "not run"*) echo "not run  $file:${said#not run:}" ;;
+          "is running") echo "running  $file: $name" ;;
           ok) echo "failed   $file: $name ended well without it" ;;
           *) echo "failed   $file: $name $said" ;;
         esac
@@ -271,8 +273,8 @@ steps() { # 4 layers are 3.2 billion parameters: 48 GiB with float32 AdamW
     --activation_checkpointing full --activation_offload
   full_depth headline_128k 75 --max_length 131072 --lengths fixed --warm_up 1 --steps 1 \
     --activation_checkpointing full --activation_offload
-  step ladder 180 "$(printf 'ladder/%s.json ' "${rungs[@]}")" "$python" bench/ladder.py --run \
-    --seconds 165 --folder "$results/ladder" --rows "${rungs[@]}" "${four[@]}" "${tiny[@]}"
+  step ladder 174 "$(printf 'ladder/%s.json ' "${rungs[@]}")" "$python" bench/ladder.py --run \
+    --seconds 160 --folder "$results/ladder" --rows "${rungs[@]}" "${four[@]}" "${tiny[@]}"
   # The table of the tree, and this GPU's row; as old as it is until that is written.
   cp -p qwen3_sft/model/fp8_measured.json "$results"
   step fp8 70 "$fp8_files" "$python" bench/fp8.py --model 30b --layers 6 --max_length 4096 --batch 4 \

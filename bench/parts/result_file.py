@@ -13,8 +13,8 @@ MARK = "BENCH_MARK"
 def provenance() -> dict[str, Any]:
     """Return the device, the commit (`-dirty` if code differs from it) and the versions.
 
-    Where the environment variable BENCH_MARK says why a figure is not to be believed (`bench/gpu.sh`
-    sets it), that is in the result as `mark`.
+    Where the environment variable BENCH_MARK says why a figure is not to be believed
+    (`bench/gpu.sh` sets it), that is in the result as `mark`.
     """
     # For seconds, which no worker process that only imports this file is to spend.
     from qwen3_sft.hardware import device_info
