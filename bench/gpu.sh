@@ -207,7 +207,7 @@ if [ -n "$fake" ]; then
   check_more=(-m "gpu or kernel"
     "tests/monkey_patch/kernels/test_scatter_moe_stages.py::test_a_library_product_gives_the_same")
   race_more=(--tokens 24 --routing uniform --only ours)
-  run_more=(--max_steps 2 --max_length 128)
+  run_more=(--max_steps 2 --max_length 256)
   tune_more=(--tokens 32 --stages up --candidates 2 --workers 1)
   interpreted=(env TRITON_INTERPRET=1)
   fp8_files=fp8.json fp8_more=() # a CPU emulates it and has no row in the table
@@ -276,7 +276,7 @@ steps() { # 4 layers are 3.2 billion parameters: 48 GiB with float32 AdamW
   step ladder 174 "$(printf 'ladder/%s.json ' "${rungs[@]}")" "$python" bench/ladder.py --run \
     --seconds 160 --folder "$results/ladder" --rows "${rungs[@]}" "${four[@]}" "${tiny[@]}"
   # The table of the tree, and this GPU's row; as old as it is until that is written.
-  cp -p qwen3_sft/model/fp8_measured.json "$results"
+  if [ -z "$fake" ]; then cp -p qwen3_sft/model/fp8_measured.json "$results"; fi
   step fp8 70 "$fp8_files" "$python" bench/fp8.py --model 30b --layers 6 --max_length 4096 --batch 4 \
     --dtype bfloat16 --out "$results/fp8.json" "${fp8_more[@]}" "${tiny[@]}"
   step step_breakdown 40 step_breakdown.json "$python" bench/step.py "${four[@]}" \

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ case "$1" in
 esac
 name="${BENCH_STEP##*/}"
 echo "$name $BENCH_MARK" >>"$STUB_LOG"
+printf '%s\0' "$@" >"$STUB_LOG.$name"
 paths=() rows=() option=""
 for word in "$@"; do
   case "$word" in --*) option="$word"; continue ;; esac
@@ -319,6 +321,37 @@ def test_its_limits_are_under_ten_minutes():
     for plan in (HOUR, STEPS, TUNE):
         spent = sum(limits[name] for name in plan)
         assert spent + 3 * len(plan) <= 585, "and a hung step has three seconds to end by itself"
+
+
+@pytest.mark.parametrize("variable", ["HOUR", "STEPS"])
+@pytest.mark.parametrize("fake", [(), ("--fake",)])
+def test_a_run_takes_the_options_of_its_steps(tmp_path, monkeypatch, variable, fake):
+    """Those of the 30B model and those of a CPU: parsed, and resolved as a run would do it."""
+    hour = Hour(tmp_path, "", *fake, **{variable: "1"})
+    assert hour.wait() == 0, hour.printed
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    step, ladder, seen = import_module("step"), import_module("ladder"), []
+
+    def note(rows):
+        seen.extend(rows.values())
+        yield {"results": []}
+
+    def climb(options, names, folder, seconds):
+        seen.extend(chosen for rung, chosen in ladder.ladder(options) if rung.name in names)
+        return []
+
+    monkeypatch.setattr(step, "report", note)
+    monkeypatch.setattr(ladder, "climb", climb)
+    modules = {"bench/step.py": step, "bench/ladder.py": ladder}
+    for name in hour.calls():
+        script, *words = hour.log.with_name(f"calls.{name}").read_text().split("\0")[:-1]
+        if script in modules:
+            modules[script].main(words)
+    assert {one.model for one in seen} == {"demo" if fake else "30b"}
+    resolve = import_module("parts.step.measure").resolve
+    for one in seen:
+        resolve(one, tmp_path)
+    assert len(seen) == {"HOUR": 1, "STEPS": 3 + 2 + (2 if fake else len(RUNGS))}[variable]
 
 
 def fake(folder, **environment):
