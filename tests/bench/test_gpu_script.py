@@ -1,6 +1,6 @@
 """bench/gpu.sh, the hour that nobody watches: whatever a step does, the others run and it is told.
 
-The script is tested, not what it starts: its python is the stub of `tests/support/gpu_script.py`.
+The script is tested, not what it starts: its python is the stub of `tests/bench/gpu_script.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.gpu_script import HOUR, RUNGS, SCRIPT, STEPS, TUNE, Hour, all_of
+from tests.bench.gpu_script import HOUR, RUNGS, SCRIPT, STEPS, TUNE, Hour, all_of
 from tests.support.source_tree import ROOT
 
 

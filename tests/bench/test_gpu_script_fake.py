@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.gpu_script import HOUR, RUNGS, SCRIPT, STEPS, TUNE, Hour, all_of
+from tests.bench.gpu_script import HOUR, RUNGS, SCRIPT, STEPS, TUNE, Hour, all_of
 from tests.support.source_tree import ROOT
 
 
