@@ -94,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if chosen.out:
         write(chosen.out, text + "\n")
     if chosen.write:
+        if mark := result.get("mark"):
+            raise SystemExit(f"--write {chosen.write}: no row of a result with a mark: {mark}")
         table = json.loads(chosen.write.read_text(encoding="utf-8"))
         table |= entry(result, torch.cuda.get_device_name(), str(chosen.out))
         write(chosen.write, json.dumps(table, indent=1, sort_keys=True) + "\n")

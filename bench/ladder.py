@@ -79,8 +79,13 @@ def ladder(options: StepOptions) -> Iterator[tuple[Rung, StepOptions]]:
         yield rung, options
 
 
-def climb(options: StepOptions, names: Sequence[str], folder: Path, seconds: float) -> None:
-    """Measure the rows and write a file for each; stop when the next could take too long."""
+def climb(options: StepOptions, names: Sequence[str], folder: Path, seconds: float) -> list[str]:
+    """Measure the rows and write a file for each; stop when the next could take too long.
+
+    Returns:
+        What failed: names of rows with their errors.
+    """
+    failed = []
     facts, began, longest = provenance(), time.monotonic(), 0.0
     for rung, chosen in ladder(options):
         if rung.name not in names:
@@ -94,6 +99,9 @@ def climb(options: StepOptions, names: Sequence[str], folder: Path, seconds: flo
         longest = max(longest, time.monotonic() - started)
         write(folder / f"{rung.name}.json", json.dumps(result, indent=1) + "\n")
         print(f"{rung.name}: {result.get('error') or result['tokens_per_second']}", flush=True)
+        if "error" in result:
+            failed.append(f"{rung.name}: {result['error']}")
+    return failed
 
 
 def row(rung: Rung, options: StepOptions) -> dict[str, Any]:
@@ -121,11 +129,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not chosen.run and not chosen.table:
         made.error("choose --run, --table or both")
     set_up_logging()
+    failed = []
     if chosen.run:
-        climb(pick(vars(chosen)), chosen.rows, chosen.folder, chosen.seconds)
+        failed = climb(pick(vars(chosen)), chosen.rows, chosen.folder, chosen.seconds)
     if chosen.table:
         text = chosen.readme.read_text(encoding="utf-8")
         write(chosen.readme, readme(text, LADDER, chosen.folder, chosen.folder.parent))
+    if failed:
+        raise SystemExit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -120,6 +120,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Race(options).run([make(*shape) for shape in shapes])
     if not options.compile:
         print(table(report))
+        if problem := shortcoming(report["results"]):
+            raise SystemExit(problem)
+
+
+def shortcoming(results: Sequence[dict[str, Any]]) -> str | None:
+    """Return why the race is not one, if so: ours failed, or nothing was measured."""
+    for result in results:
+        if result["status"] == "failed" and result["name"] in ("ours", "ours_recompute"):
+            return f"failed: {result['name']}, T={result['case']['tokens']}: {result['reason']}"
+    if not any(result["status"] == "ok" for result in results):
+        return "nothing was measured"
+    return None
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in result["results"]:
         if "breakdown" in row:
             print(f"\n{row['name']}:", *table(row["breakdown"]), sep="\n")
-    if failed := [row["name"] for row in result["results"] if "error" in row]:
-        raise SystemExit(f"failed: {', '.join(failed)}")
+    if failed := [f"{row['name']}: {row['error']}" for row in result["results"] if "error" in row]:
+        raise SystemExit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

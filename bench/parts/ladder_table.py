@@ -86,7 +86,7 @@ def _rates(rates: tuple[int, ...]) -> str:
 def _headline_figure(file: Path) -> str:
     if not file.is_file():
         return NONE
-    report = json.loads(file.read_text(encoding="utf-8"))
+    report = _load(file)
     row = next(row for row in report["results"] if row["name"] == "ours")
     options = row["options"]
     if options["model"] != "30b" or options["layers"] not in (None, 48):
@@ -96,7 +96,8 @@ def _headline_figure(file: Path) -> str:
         )
     if "H200" not in report["device"]:
         raise ValueError(f"{file}: measured on {report['device']}, not an H200: remove the file")
-    return f"[{row['tokens_per_second']:,.0f}]({_link(file)})"
+    figure = "failed" if "error" in row else f"{row['tokens_per_second']:,.0f}"
+    return f"[{figure}]({_link(file)})"
 
 
 def ladder(rungs: Sequence[Any], folder: Path) -> Iterator[str]:
@@ -121,7 +122,10 @@ def ladder(rungs: Sequence[Any], folder: Path) -> Iterator[str]:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if mark := report.get("mark"):
+        raise ValueError(f"{file}: no measurement ({mark}): remove the file")
+    return report
 
 
 def _link(file: Path) -> str:

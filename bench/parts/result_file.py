@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
+MARK = "BENCH_MARK"
+
 
 def provenance() -> dict[str, Any]:
-    """Return the device, the commit (`-dirty` if code differs from it) and the versions."""
+    """Return the device, the commit (`-dirty` if code differs from it) and the versions.
+
+    Where the environment variable BENCH_MARK says why a figure is not to be believed
+    (`bench/gpu.sh` sets it), that is in the result as `mark`.
+    """
     # For seconds, which no worker process that only imports this file is to spend.
     from qwen3_sft.hardware import device_info
     from qwen3_sft.records.run_folder import versions
 
     commit = _git("rev-parse", "--short", "HEAD") or "unknown"
     is_dirty = bool(_git("status", "--porcelain", "--", ":/", ":!/bench/results"))
+    mark = os.environ.get(MARK)
     return {
+        **({"mark": mark} if mark else {}),
         "device": device_info().name,
         "commit": f"{commit}-dirty" if is_dirty else commit,
         "versions": versions(),

@@ -150,6 +150,25 @@ class TestTable:
         with pytest.raises(ValueError, match=match):
             text(tmp_path)
 
+    def test_a_headline_that_failed(self, text, tmp_path):
+        row = {"name": "ours", "error": "RuntimeError: out of memory",
+               "options": {"model": "30b", "layers": None}}  # fmt: skip
+        file = tmp_path / "headline_4096.json"
+        file.write_text(json.dumps({"device": "NVIDIA H200", "results": [row]}))
+        assert f"[failed]({file})" in text(tmp_path)
+
+    def test_what_carries_a_mark_is_no_measurement(self, bench, rows, text, tmp_path, monkeypatch):
+        monkeypatch.setenv("BENCH_MARK", "fake")
+        marked = bench("parts.result_file").provenance()
+        save(tmp_path / "ladder", *rows[0], **marked)
+        with pytest.raises(ValueError, match=r"baseline\.json: no measurement \(fake\)"):
+            text(tmp_path)
+        (tmp_path / "headline_4096.json").write_text(json.dumps({**marked, "results": []}))
+        with pytest.raises(ValueError, match=r"headline_4096\.json: no measurement"):
+            text(tmp_path)
+        monkeypatch.delenv("BENCH_MARK")
+        assert "mark" not in bench("parts.result_file").provenance()
+
     def test_a_readme_that_is_measured_stays_short_and_proven(
         self, bench, rows, tmp_path, monkeypatch
     ):

@@ -48,12 +48,12 @@ def environment(tmp_path_factory):
     return env | {"PYTHONPATH": str(ROOT), "BENCH_PEERS": str(folder)}
 
 
-def race(environment, folder, *options):
+def race(environment, folder, *options, code=0):
     command = [sys.executable, ROOT / "bench" / "ops.py", "--out", folder / "ops.json", *options]
     done = subprocess.run(
         [*map(str, command)], env=environment, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     return json.loads((folder / "ops.json").read_text(encoding="utf-8")), done.stdout
 
 
@@ -129,9 +129,19 @@ def test_the_report_can_be_traced(raced):
 
 
 def test_a_race_without_time_says_so(environment, tmp_path):
-    report, printed = race(environment, tmp_path, "--only", "ours", "--seconds", 1)
+    report, printed = race(environment, tmp_path, "--only", "ours", "--seconds", 1, code=1)
     assert {result["reason"] for result in report["results"]} == {"out of time"}
     assert "- ours: not run: out of time" in printed
+
+
+def test_a_race_without_us_is_none(bench):
+    shortcoming = bench("ops").shortcoming
+    ok = {"name": "liger", "status": "ok"}
+    ours = {"name": "ours", "case": {"tokens": 7}, "status": "failed", "reason": "wrong"}
+    assert shortcoming([ok, {**ours, "status": "not run"}]) is None
+    assert shortcoming([ok, {**ok, "status": "failed"}]) is None, "a peer may fail"
+    assert shortcoming([ok, ours]) == "failed: ours, T=7: wrong"
+    assert shortcoming([{**ok, "status": "failed"}]) == "nothing was measured"
 
 
 def test_silence_has_an_end(bench, environment, monkeypatch):

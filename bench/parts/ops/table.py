@@ -14,6 +14,8 @@ def table(report: dict[str, Any]) -> str:
     """Return the whole report; times are medians."""
     results = report["results"]
     lines = [f"## Mixture of experts on {report['device']}, commit {report['commit']}"]
+    if mark := report.get("mark"):
+        lines.append(f"\n**{mark}**")
     for _, group in groupby(results, key=lambda result: result["case"]):
         lines += _case(list(group))
     lines += _ceilings(results)
