@@ -28,6 +28,7 @@ from qwen3_sft.checkpoints.manifest import Totals, seal
 from qwen3_sft.checkpoints.rotation import rotate
 from qwen3_sft.checkpoints.write import noting
 from qwen3_sft.distributed.engine import Engine
+from qwen3_sft.distributed.enums_by_value import write_enums_by_value
 from qwen3_sft.distributed.rank_zero import RankZero
 from qwen3_sft.errors import CheckpointError
 from qwen3_sft.options.batch import rows_per_step
@@ -98,6 +99,7 @@ class CheckpointSaver:
             CheckpointError: a tensor is NaN or Inf, the disk has no room, or a file cannot be
                 written.
         """
+        write_enums_by_value()
         step = state.global_step
         name = f"checkpoint-{step}"
         failed = f"step {step}: no checkpoint was written, earlier ones are whole"

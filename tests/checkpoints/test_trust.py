@@ -22,6 +22,7 @@ from qwen3_sft.checkpoints.trust import best_checkpoint, check_best, refuse_fore
 from qwen3_sft.checkpoints.whole import load_checkpoint
 from qwen3_sft.cli import main
 from qwen3_sft.demo.model import tiny_config, tiny_model
+from qwen3_sft.distributed.enums_by_value import write_enums_by_value
 from qwen3_sft.errors import CheckpointError, ModelError, RefusedPickleError
 from qwen3_sft.model.base_files import weight_files
 from tests.support.planted import Attack, Reduced, plant, reseal
@@ -150,6 +151,7 @@ def test_without_the_check_a_checkpoint_runs_code(made, tmp_path, attack, layout
 def distributed(tmp_path):
     """A distributed checkpoint with a value that is no tensor."""
     state = {"weight": torch.arange(6.0), "value": {"step": 1}}
+    write_enums_by_value()
     dcp.save(state, checkpoint_id=tmp_path / "state", no_dist=True)
     refuse_foreign_code(tmp_path / "state", trusted=False)
     return tmp_path / "state"

@@ -122,7 +122,7 @@ def test_resume_goes_on_from_the_run_folder_alone(killed, whole, capfd):  # noqa
 def test_what_is_no_run_is_told(tmp_path, capsys):
     assert main(["resume", str(tmp_path)]) == 2
     assert "it has no config.yaml" in capsys.readouterr().err
-    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "config.yaml").write_text("model_name_or_path: m\ndataset: d.jsonl\n")
     assert main(["resume", str(tmp_path), "--verify"]) == 1
     assert "has no whole checkpoint" in capsys.readouterr().err
 
