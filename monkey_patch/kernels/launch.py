@@ -41,9 +41,9 @@ class Launch:
         """Launch on the current stream of the tensors' device; an empty grid launches nothing."""
         if self.grid == 0:
             return
-        if not torch.cuda.is_available():
-            self._check_interpreter()
         tensor = next(v for v in self.arguments.values() if isinstance(v, torch.Tensor))
+        if not tensor.is_cuda:
+            self._check_interpreter()
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(tensor):
             self.kernel[(self.grid,)](
