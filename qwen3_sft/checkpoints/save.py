@@ -26,9 +26,8 @@ from qwen3_sft.checkpoints.free_space import bytes_to_save, refuse_full_disk
 from qwen3_sft.checkpoints.ledger import Entry, Ledger
 from qwen3_sft.checkpoints.manifest import Totals, seal
 from qwen3_sft.checkpoints.rotation import rotate
-from qwen3_sft.checkpoints.write import noting
+from qwen3_sft.checkpoints.write import noting, write_enums_by_value
 from qwen3_sft.distributed.engine import Engine
-from qwen3_sft.distributed.enums_by_value import write_enums_by_value
 from qwen3_sft.distributed.rank_zero import RankZero
 from qwen3_sft.errors import CheckpointError
 from qwen3_sft.options.batch import rows_per_step

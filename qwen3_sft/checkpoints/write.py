@@ -6,8 +6,11 @@ leave the others in it. The ledger keeps what failed, and `save.py` tells all ra
 
 from __future__ import annotations
 
+import copyreg
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,28 @@ from qwen3_sft.checkpoints.ledger import Ledger
 # Remove when torch.save raises an OSError for a full disk: RuntimeError and _TORCH_WRITER
 _WRITE_FAILURES = (OSError, CheckpointException, RuntimeError)
 _TORCH_WRITER = "inline_container"
+# Of torch's and DeepSpeed's states; `pickles.py` lets them in.
+_ENUMS = (
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+)
+
+
+def write_enums_by_value() -> None:
+    """Have this process pickle members of these enums, as far as they are imported, by value.
+
+    Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) pickles a member as `getattr(class, name)`, which
+    `trust.py` cannot let in: a checkpoint of those could not be read again.
+
+    Remove when setup.py asks for Python 3.12: this function and _by_value
+    """
+    for module, name in _ENUMS:
+        if module in sys.modules:
+            copyreg.pickle(getattr(sys.modules[module], name), _by_value)
+
+
+def _by_value(member: Enum) -> tuple[type[Enum], tuple[Any]]:
+    return type(member), (member.value,)
 
 
 def write_weights(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from qwen3_sft.commands.recipe_argument import recipe_parser, with_config
 from qwen3_sft.errors import DOES_NOT_FIT, DONE, UsageError
 from qwen3_sft.options.command_line import Given, read_options
 from qwen3_sft.options.recipe_file import PLANNED_FOR
@@ -31,22 +31,16 @@ def command(argv: list[str], *, color: bool = False) -> tuple[Iterator[str], int
     Raises:
         UsageError: an option, the recipe or the GPUs are wrong.
     """
-    parser = argparse.ArgumentParser(
-        "qwen3-sft plan", "qwen3-sft plan [RECIPE] [options]", add_help=False, allow_abbrev=False,
-        epilog="and options of a run (train --help), which win over the recipe",
-    )  # fmt: skip
-    parser.add_argument("-h", "--help", action="store_true", help="this text")
+    parser = recipe_parser("plan")
     parser.add_argument(
         "--gpus",
         help=f"such as 8xH200; by default those of the recipe ({PLANNED_FOR}: 8xH200), else "
         "those that are here",
     )
-    parser.add_argument("--format", choices=("text", "json"), default="text")
     own, rest = parser.parse_known_args(argv)
     if own.help:
         return iter([parser.format_help()]), DONE
-    if rest and not rest[0].startswith("-"):  # argparse would take any option's value for it
-        rest = ["--config", *rest]
+    rest = with_config(rest)
     given = read_options(rest, needs_data=False)
     return _planned(rest, *_gpus(own.gpus, given), own.format)
 

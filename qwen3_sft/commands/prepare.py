@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from qwen3_sft.commands.recipe_argument import recipe_parser, with_config
 from qwen3_sft.errors import DONE
 from qwen3_sft.options.command_line import read_options
 
@@ -30,17 +30,11 @@ def command(argv: list[str], *, color: bool = False) -> tuple[Iterator[str], int
         ModelError: the model has no tokenizer that this project knows.
         DataError: a source or a row cannot be trained on, or too many are dropped.
     """
-    parser = argparse.ArgumentParser(
-        "qwen3-sft data prepare", "qwen3-sft data prepare [RECIPE] [options]", add_help=False,
-        allow_abbrev=False, epilog="and options of a run (train --help), which win over the recipe",
-    )  # fmt: skip
-    parser.add_argument("-h", "--help", action="store_true", help="this text")
-    parser.add_argument("--format", choices=("text", "json"), default="text")
+    parser = recipe_parser("data prepare")
     own, rest = parser.parse_known_args(argv)
     if own.help:
         return iter([parser.format_help()]), DONE
-    if rest and not rest[0].startswith("-"):  # argparse would take any option's value for it
-        rest = ["--config", *rest]
+    rest = with_config(rest)
     read_options(rest)  # before the imports
     return iter(_prepared(rest, own.format)), DONE
 

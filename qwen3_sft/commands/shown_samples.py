@@ -12,7 +12,7 @@ from qwen3_sft.chat.encoding import Encoder
 from qwen3_sft.chat.samples import IGNORED
 from qwen3_sft.data.prepare import tokenize_options
 from qwen3_sft.data.raw_rows import RowsRead, raw_rows
-from qwen3_sft.data.readers import find_entries, find_sources
+from qwen3_sft.data.readers import entries_of, find_sources
 from qwen3_sft.data.report import check_drops, make_report, report_origin, report_text
 from qwen3_sft.data.source_counts import SourceCounts
 from qwen3_sft.data.template_check import TemplateCheck
@@ -59,7 +59,7 @@ def inspect(
     check = TemplateCheck(tokenize.options, tokenizer, is_explicit=args.chat_format != "auto")
     read = RowsRead()
     counts = Counts(warnings=read.warnings)
-    of_sources = SourceCounts(find_entries(args), read)
+    of_sources = SourceCounts(entries_of(sources), read)
     rows = raw_rows(sources, args, read)
     # All of them are checked before the first is shown.
     chunks = list(check(_until(tokenize_chunks(tokenize, rows, num_proc=1, chunk_rows=1), n)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3_sft.data.cache_key import FileHashes, describe_all, text_hash
-from qwen3_sft.data.readers import EntrySource, find_entries, find_sources
+from qwen3_sft.data.readers import EntrySource, entries_of, find_sources
 from qwen3_sft.data.template_check import chat_template
 from qwen3_sft.data.tokenize_rows import TokenizeOptions
 from qwen3_sft.errors import UsageError
@@ -45,10 +45,10 @@ def parts_of(
     cache: Path,
 ) -> dict[str, Any]:
     """Return all that decides the tokens."""
-    hashes = FileHashes(cache / "file_hashes.json")
+    hashes = _hashes(cache)
     vocabulary = _tokenizer_hash(tokenizer, hashes)
     return {
-        "sources": describe_all([source.reader for source in sources], hashes),
+        "sources": _describe(sources, hashes),
         "entries": _limits(sources),
         "max_rows": args.max_rows,
         "rows": {name: getattr(args, name) for name in _ROW_OPTIONS},
@@ -94,8 +94,12 @@ _MODEL = (
 _PROBE = "The quick brown fox's 123 {jumps}: 敏捷的棕色狐狸, быстрая лиса, zwölf Boxkämpfer 😀\n\n"
 
 
-def _describe(sources: list[EntrySource], cache: Path) -> list[tuple[str, str]]:
-    return describe_all([s.reader for s in sources], FileHashes(cache / "file_hashes.json"))
+def _hashes(cache: Path) -> FileHashes:
+    return FileHashes(cache / "file_hashes.json")
+
+
+def _describe(sources: list[EntrySource], hashes: FileHashes) -> list[tuple[str, str]]:
+    return describe_all([source.reader for source in sources], hashes)
 
 
 def _limits(sources: list[EntrySource]) -> list[list[Any]]:
@@ -110,9 +114,14 @@ def data_fingerprint(args: DataArguments, *, eval: bool = False) -> str:
     Raises:
         DataError: a source cannot be found.
     """
-    sources, entries = find_sources(args, eval=eval), find_entries(args, eval=eval)
-    parts = {"sources": _describe(sources, cache_folder(args)), "entries": _limits(sources)}
-    return _of_rows(parts, args, [entry.repeat for entry in entries])
+    sources = find_sources(args, eval=eval)
+    hashes = _hashes(cache_folder(args))
+    parts = {"sources": _describe(sources, hashes), "entries": _limits(sources)}
+    return _of_rows(parts, args, _repeats(sources))
+
+
+def _repeats(sources: list[EntrySource]) -> list[float]:
+    return [entry.repeat for entry in entries_of(sources)]
 
 
 def _of_rows(parts: dict[str, Any], args: DataArguments, repeats: list[float]) -> str:
@@ -129,9 +138,10 @@ def _plain_limits(limits: list[list[Any]], args: DataArguments) -> list[list[Any
 
 
 def say_what_is_asked(
-    report: dict[str, Any], parts: dict[str, Any], args: DataArguments, repeats: list[float]
+    report: dict[str, Any], parts: dict[str, Any], args: DataArguments, sources: list[EntrySource]
 ) -> None:
     """Complete a report by what this run asks of tokens that another may have prepared."""
+    repeats = _repeats(sources)
     report["fingerprints"] = _fingerprints(parts, args, repeats)
     for source, repeat in zip(report["sources"], repeats, strict=True):
         source["repeat"] = repeat

@@ -27,7 +27,7 @@ from qwen3_sft.chat.render import detect_chat_format
 from qwen3_sft.data.cache_key import cache_key
 from qwen3_sft.data.identity import cache_folder, parts_of, say_what_is_asked
 from qwen3_sft.data.raw_rows import RowsRead, rows_or_ranges
-from qwen3_sft.data.readers import EntrySource, find_entries, find_sources
+from qwen3_sft.data.readers import EntrySource, entries_of, find_sources
 from qwen3_sft.data.report import check_drops, make_report, report_origin, report_text
 from qwen3_sft.data.source_counts import SourceCounts
 from qwen3_sft.data.template_check import TemplateCheck, chat_template
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qwen3_sft.options.data_args import DataArguments
-    from qwen3_sft.options.data_entries import DataEntry
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ def prepare(
         RuntimeError: if a process group exists already.
     """
     _refuse_process_group()
-    sources, entries = find_sources(args, eval=eval), find_entries(args, eval=eval)
+    sources = find_sources(args, eval=eval)
     options = tokenize_options(args, tokenizer)
     cache = cache_folder(args)
     parts = parts_of(args, sources, options, tokenizer, cache)
@@ -75,9 +74,9 @@ def prepare(
         where = f"{cache}: the token cache cannot be written (--data_cache_dir puts it elsewhere)"
         with told_as(DataError, where, OSError), _locked(cache / f"{key}.lock"):
             if not _is_whole(folder):
-                _build(folder, args, sources, entries, options, tokenizer)
+                _build(folder, args, sources, options, tokenizer)
     dataset = TokenDataset(folder)
-    say_what_is_asked(dataset.report, parts, args, [entry.repeat for entry in entries])
+    say_what_is_asked(dataset.report, parts, args, sources)
     check_drops(dataset.report, args.max_drop_fraction)
     logger.info("%s", report_text(dataset.report))
     return dataset
@@ -151,7 +150,6 @@ def _build(
     folder: Path,
     args: DataArguments,
     sources: list[EntrySource],
-    entries: list[DataEntry],
     options: TokenizeOptions,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
@@ -163,7 +161,7 @@ def _build(
         try:
             with TokenWriter(partial) as writer, few_collections():
                 encoder = Encoder(tokenizer, fast=fast)
-                report = _tokenize(writer, args, sources, entries, options, encoder, tokenizer)
+                report = _tokenize(writer, args, sources, options, encoder, tokenizer)
                 if report is None:
                     continue
                 report["key"] = folder.name
@@ -186,14 +184,13 @@ def _tokenize(
     writer: TokenWriter,
     args: DataArguments,
     sources: list[EntrySource],
-    entries: list[DataEntry],
     options: TokenizeOptions,
     encoder: Encoder,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any] | None:
     """Write the tokens of all rows; return the report, or None if they are not the tokenizer's."""
     read, lengths = RowsRead(), []
-    counts, of_sources = Counts(warnings=read.warnings), SourceCounts(entries, read)
+    counts, of_sources = Counts(warnings=read.warnings), SourceCounts(entries_of(sources), read)
     num_proc = _num_proc(args, sources)
     rows = rows_or_ranges(sources, args, read, in_ranges=num_proc > 1)
     are_right = IdsCheck(encoder, tokenizer)

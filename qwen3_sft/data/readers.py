@@ -10,13 +10,13 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from qwen3_sft.data.files.compressed import kind_of
-from qwen3_sft.data.files.datasets_rows import HubSource, SavedSource
+from qwen3_sft.data.files.datasets_rows import Digest, HubSource, SavedSource
 from qwen3_sft.data.files.file_kinds import KINDS, FileOptions, file_rows, is_data_file
 from qwen3_sft.data.files.folders import folder_files, saved_split
 from qwen3_sft.data.files.line_ranges import LineRange, line_ranges
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 
 _LINES = ((".jsonl", ""), (".ndjson", ""))  # plain files of one row a line
-Digest = Callable[[Path], str]  # content hash of a file
 
 
 class RowSource(Protocol):
@@ -70,7 +69,7 @@ class EntrySource:
         return self.reader.name
 
 
-def find_entries(args: DataArguments, *, eval: bool = False) -> list[DataEntry]:
+def _entries(args: DataArguments, *, eval: bool = False) -> list[DataEntry]:
     """Return the entries of `dataset` (or `eval_dataset`), with what counts for each.
 
     Raises:
@@ -97,9 +96,9 @@ def find_sources(args: DataArguments, *, eval: bool = False) -> list[EntrySource
 
     Raises:
         DataError: if nothing is given, or a path does not exist or holds no data.
-        UsageError: as `find_entries`.
+        UsageError: an entry says what cannot be.
     """
-    entries = find_entries(args, eval=eval)
+    entries = _entries(args, eval=eval)
     if not entries:
         option = "eval_dataset" if eval else "dataset"
         raise DataError(f"no data: set --{option} to files, folders or hub ids")
@@ -108,6 +107,11 @@ def find_sources(args: DataArguments, *, eval: bool = False) -> list[EntrySource
         for number, entry in enumerate(entries)
         for reader in _find(entry, args, eval=eval)
     ]
+
+
+def entries_of(sources: Iterable[EntrySource]) -> list[DataEntry]:
+    """Return the entries that sources belong to, each once; none is without a source."""
+    return list({source.number: source.entry for source in sources}.values())
 
 
 def check_sources(args: DataArguments) -> None:

@@ -20,9 +20,9 @@ from qwen3_sft.checkpoints.pickles import IN_ARCHIVES, IN_METADATA, read_inert
 from qwen3_sft.checkpoints.sharded import load_optimizer, save_optimizer, save_weights
 from qwen3_sft.checkpoints.trust import best_checkpoint, check_best, refuse_foreign_code
 from qwen3_sft.checkpoints.whole import load_checkpoint
+from qwen3_sft.checkpoints.write import write_enums_by_value
 from qwen3_sft.cli import main
 from qwen3_sft.demo.model import tiny_config, tiny_model
-from qwen3_sft.distributed.enums_by_value import write_enums_by_value
 from qwen3_sft.errors import CheckpointError, ModelError, RefusedPickleError
 from qwen3_sft.model.base_files import weight_files
 from tests.support.planted import Attack, Reduced, plant, reseal
@@ -150,19 +150,18 @@ def test_without_the_check_a_checkpoint_runs_code(made, tmp_path, attack, layout
 @pytest.fixture
 def distributed(tmp_path):
     """A distributed checkpoint with a value that is no tensor."""
-    state = {"weight": torch.arange(6.0), "value": {"step": 1}}
+    folder, state = tmp_path / "state", {"weight": torch.arange(6.0), "value": {"step": 1}}
     write_enums_by_value()
-    dcp.save(state, checkpoint_id=tmp_path / "state", no_dist=True)
-    refuse_foreign_code(tmp_path / "state", trusted=False)
-    return tmp_path / "state"
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    refuse_foreign_code(folder, trusted=False)
+    return folder
 
 
 def change(folder, edit):
     """Write `.metadata` again after `edit` has changed it."""
-    path = folder / ".metadata"
-    metadata: Metadata = pickle.loads(path.read_bytes())
+    metadata: Metadata = pickle.loads((folder / ".metadata").read_bytes())
     edit(metadata)
-    path.write_bytes(pickle.dumps(metadata))
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     return metadata
 
 
