@@ -161,6 +161,10 @@ def _build(
         try:
             with TokenWriter(partial) as writer, few_collections():
                 encoder = Encoder(tokenizer, fast=fast)
+                if fast and encoder.why_slow:
+                    logger.info(
+                        "`tokenizers` encodes, not the faster tiktoken: %s", encoder.why_slow
+                    )
                 report = _tokenize(writer, args, sources, options, encoder, tokenizer)
                 if report is None:
                     continue

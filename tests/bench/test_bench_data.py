@@ -21,12 +21,14 @@ def test_it_measures_and_writes_what_it_says(bench, tokenizer, tmp_path, capsys)
     model, out = tmp_path / "model", tmp_path / "data.json"
     tokenizer.save_pretrained(model)
     command = ["--rows", "30", "--repeats", "1", "--model", str(model), "--out", str(out)]
-    bench("data").main([*command, "--only", "ours_1", "bare_1_thread"])
+    bench("data").main([*command, "--only", "ours_1", "ours_unsplit_1", "bare_1_thread"])
     report = json.loads(out.read_text())
     (ours,), (bare,) = report["results"]["ours_1"], report["results"]["bare_1_thread"]
     assert bare["samples"] == report["rows"] == 30
     assert ours["samples"] > 30  # rows of several turns are split
     assert ours["tokens"] > bare["tokens"] > 0
+    (unsplit,) = report["results"]["ours_unsplit_1"]
+    assert (unsplit["samples"], unsplit["tokens"]) == (bare["samples"], bare["tokens"])
     assert 0 < ours["again_seconds"] < ours["seconds"]
     assert report["medians"]["ours_1"]["cpu_seconds"] == ours["cpu_seconds"] > 0
     assert report["commit"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from qwen3_sft.chat.control_tokens import QWEN3_CONTROL_TOKENS
 from qwen3_sft.chat.encoding import Encoder
@@ -155,3 +156,14 @@ def test_a_difference_in_a_kind_of_rows_that_comes_late(args, rows, tokenizer, m
     assert arrays(prepare(args, tokenizer)) == expected
     assert "make different tokens of" in caplog.text
     assert "odd" in caplog.text
+
+
+def test_a_run_says_once_why_it_takes_longer(args, rows, tokenizer, caplog):
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    slow = type(tokenizer)(
+        tokenizer_object=Tokenizer.from_str(json.dumps({**spec, "normalizer": None})),
+        eos_token=tokenizer.eos_token, chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        prepare(args, slow)
+    assert caplog.text.count("not the faster tiktoken: its normalizer is not NFC") == 1

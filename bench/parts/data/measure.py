@@ -16,15 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-KINDS = ("ours_1", "ours_2", "bare_1_thread", "bare", "trl")
+KINDS = ("ours_1", "ours_2", "ours_unsplit_1", "bare_1_thread", "bare", "trl")
 
 
 def measure(kind: str, file: Path, model: Path) -> dict[str, Any]:
     """Prepare a file once.
 
     Args:
-        kind: `ours_N` with N processes, `trl`, or `bare`: nothing but the encoding of rendered
-            texts by `tokenizers`, with all its threads or one.
+        kind: `ours_N` with N processes, `ours_unsplit_N` with `--thinking drop_history`, whose
+            texts are those of `bare`: nothing but the encoding of rendered texts by `tokenizers`,
+            with all its threads or one; or `trl`.
         file: JSON lines.
         model: folder of the tokenizer.
     """
@@ -63,8 +64,9 @@ def _ours(kind: str, file: Path, tokenizer: Any, folder: Path) -> Callable[[], d
     from qwen3_sft.options.data_args import DataArguments
 
     args = DataArguments(
-        dataset=[str(file)], data_cache_dir=str(folder), num_proc=int(kind[-1]), max_length=32768
-    )
+        dataset=[str(file)], data_cache_dir=str(folder), num_proc=int(kind[-1]), max_length=32768,
+        thinking="drop_history" if "unsplit" in kind else "split_turns",
+    )  # fmt: skip
 
     def work() -> dict[str, Any]:
         report = prepare(args, tokenizer).report
