@@ -12,7 +12,9 @@ import resource
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.resources import files
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 CPU_S = 20
@@ -23,12 +25,16 @@ _START_S = 300  # imports on a busy machine
 
 def is_shipped(template: Any) -> bool:
     """Whether a tokenizer's chat template is, to the letter, one that the installed TRL ships."""
-    shipped = files("trl").joinpath("chat_templates")
-    return any(
-        entry.read_text(encoding="utf-8") == template
-        for entry in shipped.iterdir()
-        if entry.name.endswith(".jinja")
-    )
+    return template in _shipped()
+
+
+@cache
+def _shipped() -> frozenset[str]:
+    found = find_spec("trl")  # importing it takes half a second
+    if found is None or found.origin is None:
+        return frozenset()
+    folder = Path(found.origin).with_name("chat_templates")
+    return frozenset(path.read_text(encoding="utf-8") for path in folder.glob("*.jinja"))
 
 
 def render_apart(
