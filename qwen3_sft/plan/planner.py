@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from monkey_patch.kernels.linear_cross_entropy.op import CHUNK_TOKENS
+from monkey_patch.kernels.linear_cross_entropy.chunk import tokens_per_chunk
 from monkey_patch.kernels.varlen_attention.op import takes_groups
 from qwen3_sft.distributed.engine import Engine, deepspeed_config
 from qwen3_sft.errors import UsageError
@@ -136,7 +136,7 @@ class _Builder:
             compute_bytes=self.compute.itemsize,
             residual_bytes=(self.weights if is_whole else self.compute).itemsize,
             keeps_hidden=self._keeps_hidden(layers),
-            chunk_tokens=CHUNK_TOKENS,
+            chunk_tokens=tokens_per_chunk(self.config.vocab_size, self.compute.itemsize),
             offload=self.options.train.activation_offload,
             repeats_groups=not takes_groups()
             and self.options.model.attn_implementation in ("auto", "torch_varlen"),
