@@ -55,7 +55,7 @@ def run_identity(
         rows_per_step: packed rows of an optimizer step over all processes.
     """
     values = comparable(options.values())
-    rounding = "bf16_stochastic_round"  # not part of the states, and for one process only
+    rounding = "bf16_stochastic_round"  # not part of the states, and not for shards
     pairs = (values["optim_args"] or "").replace(" ", "").split(",")
     values["optim_args"] = ",".join(pair for pair in pairs if not pair.startswith(rounding))
     return {

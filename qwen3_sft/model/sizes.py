@@ -14,7 +14,7 @@ from qwen3_sft.families.family import family_of
 class Sizes:
     """Elements of a model, of its largest tensor, layer, experts of a layer and embedding.
 
-    And of all layers without their experts.
+    And of all layers without their experts, and of all experts.
     """
 
     model: int
@@ -23,6 +23,7 @@ class Sizes:
     layer_experts: int
     end: int
     dense: int
+    experts: int
 
     @classmethod
     def of(cls, model: Any) -> Sizes:
@@ -34,6 +35,7 @@ class Sizes:
         architecture = family_of(model.config).architecture
         layers = architecture.units_in(model).values()
         experts = architecture.experts_in(model).values()
+        all_experts = sum(map(_elements, experts))
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         return cls(
             model=_elements(model),
@@ -41,7 +43,8 @@ class Sizes:
             layer=max(_elements(layer) for layer in layers),
             layer_experts=max(map(_elements, experts), default=0),
             end=max(_elements(end) for end in ends if end is not None),
-            dense=sum(map(_elements, layers)) - sum(map(_elements, experts)),
+            dense=sum(map(_elements, layers)) - all_experts,
+            experts=all_experts,
         )
 
 

@@ -129,12 +129,12 @@ def choose_optimizer(options: Options, engine: Engine) -> OptimizerChoice:
 
     Args:
         options: of the run.
-        engine: what spreads it; several processes round to nearest.
+        engine: what spreads it; weights in shards are rounded to nearest.
     """
     choice = OptimizerChoice.of(options.train)
-    is_alone = engine.kind == "single" and options.model.dtype == "bfloat16"
+    is_whole = engine.layout == "whole" and options.model.dtype == "bfloat16"
     is_said = choice.rounds_stochastically or _ROUNDS in str(choice.optim_args)
-    if is_said or not (choice.row.rounds and is_alone):
+    if is_said or not (choice.row.rounds and is_whole):
         return choice
     return replace(
         choice, optim_args=",".join(filter(None, [choice.optim_args, f"{_ROUNDS}=True"]))

@@ -32,6 +32,39 @@ _INDEX, _PERMUTATION, _FLOAT32 = 8, 4, 4  # bytes
 
 
 @dataclass(frozen=True)
+class Head:
+    """Bytes of linear cross entropy on its kernel, beside states and their gradients.
+
+    The gradient of lm_head is summed in float32. Beside it are, one after the other: the logits of
+    a chunk, which become their gradient in place, and the product of that with the weight; and the
+    sum cast to the weight's dtype. The backward multiplies out of place.
+
+    Attributes:
+        least: whatever the tokens.
+        total: the sum, and the weight in the dtype of the products.
+        per_position: of a chunk.
+        chunk_tokens: positions of a chunk, at most.
+    """
+
+    least: int
+    total: int
+    per_position: int
+    chunk_tokens: int
+
+    def bytes(self, tokens: int) -> int:
+        """Return the most bytes alive with `tokens` labelled positions."""
+        return max(self.least, self.total + min(tokens, self.chunk_tokens) * self.per_position)
+
+    def fitting(self, free_bytes: float, per_token: float) -> float:
+        """Return the tokens that fit into `free_bytes` where each takes `per_token` beside this."""
+        whole_chunks = (free_bytes - self.bytes(self.chunk_tokens)) / per_token
+        if whole_chunks >= self.chunk_tokens:
+            return whole_chunks
+        one_chunk = (free_bytes - self.total) / (per_token + self.per_position)
+        return min(one_chunk, (free_bytes - self.least) / per_token, self.chunk_tokens)
+
+
+@dataclass(frozen=True)
 class ActivationPlan:
     """Bytes by kind; those per token of one micro-batch.
 
@@ -42,7 +75,7 @@ class ActivationPlan:
         backward: working memory of that layer's backward.
         head_per_token: of the loss: the last norm's input and output, labelled states and their
             gradient.
-        head: whatever the tokens, of the loss: one chunk of logits, the gradient of lm_head.
+        head: of the loss beside these.
     """
 
     per_token: int
@@ -50,7 +83,7 @@ class ActivationPlan:
     live_layer: int
     backward: int
     head_per_token: int
-    head: int
+    head: Head
 
     def total(self, tokens: int) -> int:
         """Return the most bytes alive of a micro-batch of `tokens`.
@@ -58,12 +91,16 @@ class ActivationPlan:
         The loss and the layers have their turn one after the other.
         """
         layers = tokens * (self.live_layer + self.backward)
-        return tokens * self.per_token + max(layers, tokens * self.head_per_token + self.head)
+        return tokens * self.per_token + max(layers, self.loss(tokens))
+
+    def loss(self, tokens: int) -> int:
+        """Return the bytes of the loss of a micro-batch of `tokens`."""
+        return tokens * self.head_per_token + self.head.bytes(tokens)
 
     def fitting(self, free_bytes: float, row: int) -> int:
         """Return the tokens, in whole rows of `row`, that fit into `free_bytes`."""
         in_layers = free_bytes / (self.per_token + self.live_layer + self.backward)
-        in_head = (free_bytes - self.head) / (self.per_token + self.head_per_token)
+        in_head = self.head.fitting(free_bytes, self.per_token + self.head_per_token)
         return max(int(min(in_layers, in_head) // row), 0) * row
 
     def lines(self, tokens: int) -> Iterator[str]:
@@ -77,8 +114,8 @@ class ActivationPlan:
         for what, size in rows.items():
             if size:
                 yield f"  {tokens * size / _GIB:10.2f} GiB  {what}"
-        head = tokens * self.head_per_token + self.head
-        yield f"  {head / _GIB:10.2f} GiB  or the loss: a chunk of logits, the gradient of lm_head"
+        loss = self.loss(tokens) / _GIB
+        yield f"  {loss:10.2f} GiB  or the loss: a chunk of logits, the gradient of lm_head"
         if self.host_per_token:
             yield f"  {tokens * self.host_per_token / _GIB:10.2f} GiB  kept in host memory"
 
@@ -195,13 +232,9 @@ def _backward(config: Any, s: int, r: int) -> int:
     return incoming + d_hidden + rows + top_k * s
 
 
-def _head(config: Any, s: int, r: int, chunk_tokens: int) -> int:
-    """Bytes of the loss whatever the tokens.
-
-    The gradient of lm_head is summed in float32. Beside it are, one after the other: a chunk of
-    logits in float32 and as much for their log-sum-exp; the chunk's gradient and its product; the
-    gradient cast. The backward multiplies out of place.
-    """
-    weight, logits = config.vocab_size * config.hidden_size, chunk_tokens * config.vocab_size
-    forward = 4 * weight + max(8 * logits, s * (logits + weight), r * weight)
-    return max(forward + (0 if r == s else s * weight), 2 * r * weight)
+def _head(config: Any, s: int, r: int, chunk_tokens: int) -> Head:
+    weight = config.vocab_size * config.hidden_size
+    total = _FLOAT32 * weight + (0 if r == s else s * weight)
+    cast = 0 if r == _FLOAT32 else r * weight
+    per_position = s * (config.vocab_size + config.hidden_size)
+    return Head(max(total + cast, 2 * r * weight), total, per_position, chunk_tokens)

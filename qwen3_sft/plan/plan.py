@@ -75,6 +75,7 @@ class RunPlan:
         row: of a packed row.
         gpu: None if unknown.
         expected: from the roofline; None for a device without rates.
+        cast_bytes: moved per micro-batch by casts of the experts' weights.
     """
 
     engine: Engine
@@ -86,6 +87,7 @@ class RunPlan:
     row: int
     gpu: Gpu | None
     expected: StepTime | None
+    cast_bytes: int = 0
 
     def components(self) -> dict[str, int]:
         """Return bytes on each GPU by component."""
@@ -143,6 +145,13 @@ class RunPlan:
         else:
             yield f"activation checkpointing: {describe_layers(self.layers)}"
             yield from self.activations.lines(self.tokens)
+        if self.cast_bytes:
+            yield (
+                f"casts of the experts' weights move {self.cast_bytes / 1e9:.0f} GB per "
+                "micro-batch: --dtype bfloat16 --optim adamw_torch_8bit has none, and keeps 6 "
+                "bytes per parameter, not AdamW's 16; it rounds stochastically "
+                "(docs/performance.md)"
+            )
         if self.gpu is not None:
             yield from self._verdict(self.gpu)
 

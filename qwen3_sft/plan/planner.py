@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from monkey_patch.kernels.linear_cross_entropy.op import CHUNK_TOKENS
+from monkey_patch.kernels.linear_cross_entropy.chunk import tokens_per_chunk
 from monkey_patch.kernels.varlen_attention.op import takes_groups
 from qwen3_sft.distributed.engine import Engine, deepspeed_config
 from qwen3_sft.errors import UsageError
@@ -26,6 +26,7 @@ from qwen3_sft.options.batch import accumulation_steps
 from qwen3_sft.options.model_args import EXPERT_PATCHES
 from qwen3_sft.options.recipe import Options
 from qwen3_sft.plan.activations import ActivationPlan, activation_plan
+from qwen3_sft.plan.expert_casts import expert_cast_bytes
 from qwen3_sft.plan.optimizer_states import moved_bytes
 from qwen3_sft.plan.plan import Gpu, RunPlan
 from qwen3_sft.plan.step_time import StepTime, step_time
@@ -101,9 +102,11 @@ class _Builder:
             deepspeed=deepspeed_config(env) if engine.layout == "zero" else None,
             optimizer=self.optimizer, accumulates=self.accumulation > 1,
         )  # fmt: skip
-        if options.model.fp8 in ("experts", "all"):
+        sizes = Sizes.of(model)
+        self.experts, self.has_fp8 = sizes.experts, options.model.fp8 in ("experts", "all")
+        if self.has_fp8:
             # Quantised once per pass, as products with the weight and with its transpose ask for.
-            size = 2 * Sizes.of(model).layer_experts // engine.ep_size
+            size = 2 * sizes.layer_experts // engine.ep_size
             row = Row("temporaries", "experts of one layer in FP8, both layouts", size)
             self.memory = dataclasses.replace(self.memory, rows=(*self.memory.rows, row))
         shapes = [tuple(p.shape) for p in model.parameters()]
@@ -116,7 +119,7 @@ class _Builder:
             engine=self.engine, processes=self.processes, memory=self.memory,
             activations=self._activations(layers) if self.counts_activations else None,
             layers=layers, tokens=self.tokens, row=self.options.data.max_length, gpu=self.gpu,
-            expected=self._expected(layers),
+            expected=self._expected(layers), cast_bytes=self._cast_bytes(layers),
         )  # fmt: skip
 
     def lightest(self, count: int, gpu: Gpu) -> RunPlan:
@@ -136,7 +139,7 @@ class _Builder:
             compute_bytes=self.compute.itemsize,
             residual_bytes=(self.weights if is_whole else self.compute).itemsize,
             keeps_hidden=self._keeps_hidden(layers),
-            chunk_tokens=CHUNK_TOKENS,
+            chunk_tokens=tokens_per_chunk(self.config.vocab_size, self.compute.itemsize),
             offload=self.options.train.activation_offload,
             repeats_groups=not takes_groups()
             and self.options.model.attn_implementation in ("auto", "torch_varlen"),
@@ -144,6 +147,14 @@ class _Builder:
 
     def _keeps_hidden(self, layers: Mapping[Policy, int]) -> bool:
         return experts_for(self.options.model.experts_implementation, layers) == "scatter_moe"
+
+    def _cast_bytes(self, layers: Mapping[Policy, int]) -> int:
+        """Count our experts': weights in shards are gathered in the dtype of the products."""
+        is_cast = self.engine.layout == "whole" and self.counts_activations and not self.has_fp8
+        return is_cast * expert_cast_bytes(
+            self.experts, layers, keeps_hidden=self._keeps_hidden(layers),
+            weights=self.weights, compute=self.compute,
+        )  # fmt: skip
 
     def _expected(self, layers: Mapping[Policy, int]) -> StepTime | None:
         if self.gpu is None:
@@ -153,7 +164,7 @@ class _Builder:
             self.config, self.gpu.name, tokens=self.tokens,
             mean_length=self.options.data.max_length, layers=layers,
             keeps_hidden=self._keeps_hidden(layers), optimizer_bytes=self.moved,
-            accumulation=self.accumulation, shards=shards,
+            accumulation=self.accumulation, shards=shards, cast_bytes=self._cast_bytes(layers),
             reduced_bytes=4 if self.engine.kind == "native" else self.compute.itemsize,
         )  # fmt: skip
 

@@ -141,6 +141,7 @@ def step_time(
     label_fraction: float = 1.0,
     shards: int = 1,
     reduced_bytes: int = 4,
+    cast_bytes: int = 0,
     level: Level = "good",
 ) -> StepTime | None:
     """Return the expected time of a step in bfloat16, None for a device without rates.
@@ -157,6 +158,7 @@ def step_time(
         label_fraction: share of the tokens whose loss is computed.
         shards: GPUs that share one copy of the weights, each gathering them as FSDP does.
         reduced_bytes: per element of the gradients on their way.
+        cast_bytes: moved per micro-batch by casts of the experts' weights.
         level: `good` for rates that good kernels reach, `target` for this project's goals, `limit`
             for the best known.
     """
@@ -175,6 +177,7 @@ def step_time(
     hidden = (sum(forward.values()) * scale, (sum(backward.values()) + recompute + head) * scale)
     seconds = {name: value * tokens * accumulation for name, value in per_token.items()}
     seconds["optimizer"] = optimizer_bytes * parameters / shards / (rates.bandwidth * 1e12)
+    seconds["casts"] = cast_bytes * accumulation / (rates.bandwidth * 1e12)
     exposed = _exposed(parameters, shards, reduced_bytes, rates.nvlink, hidden)
     seconds["communication"] = exposed * accumulation
     return StepTime(seconds, tokens * accumulation, rates.source)

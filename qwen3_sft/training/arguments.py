@@ -118,7 +118,7 @@ def final_arguments(options: Options, engine: Engine) -> TrainArguments:
     if options.model.dtype == "bfloat16" and engine.layout != "zero" and not rounds:
         logger.warning(
             "weights in bfloat16: small updates are rounded away; --dtype auto keeps them, and so "
-            "does --optim adamw_torch_8bit in one process, which rounds stochastically"
+            "does --optim adamw_torch_8bit in one process or DDP, which rounds stochastically"
         )
     set_seed(args.seed)
     return args

@@ -25,6 +25,7 @@ from qwen3_sft.distributed.process_group import sum_over_ranks
 from qwen3_sft.hardware import memory_stats
 from qwen3_sft.optimizers.choice import OptimizerChoice, with_states
 from qwen3_sft.optimizers.in_backward import BackwardOptimizer
+from qwen3_sft.optimizers.rounding_noise import RoundingNoise
 from qwen3_sft.training.bad_steps import BadSteps
 from qwen3_sft.training.callbacks import RecordSteps
 from qwen3_sft.training.interruption import Interruption, let_workers_outlive_signals
@@ -134,6 +135,8 @@ class SftTrainer(Trainer):
             self.backward_optimizer = BackwardOptimizer(
                 self.model, optimizer, clip=self.args.clip, max_grad_norm=self.args.max_grad_norm
             )
+        elif is_new and OptimizerChoice.of(self.args).rounds_stochastically:
+            RoundingNoise(optimizer, self.args.seed, lambda: self.state.global_step)
         return optimizer
 
     # ---- a step ----

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import monkey_patch
-from monkey_patch.kernels.linear_cross_entropy import linear_cross_entropy_sum
+from monkey_patch.kernels.linear_cross_entropy import linear_cross_entropy_sum, op
 from monkey_patch.kernels.linear_cross_entropy.reference import linear_cross_entropy_sum_reference
 from monkey_patch.kernels.varlen_attention import varlen_attention
 from monkey_patch.kernels.varlen_attention.reference import varlen_attention_reference
@@ -52,7 +52,7 @@ def test_varlen_attention(dtype):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
 def test_linear_cross_entropy(dtype):
     targets = torch.randint(0, 3000, (700,), device=CUDA)
     assert_matches(
@@ -61,6 +61,17 @@ def test_linear_cross_entropy(dtype):
         (torch.randn(700, 128), torch.randn(3000, 128) / 8),
         dtype,
     )
+
+
+def test_the_gradient_of_the_head_is_summed_in_place():
+    total = torch.zeros(32768, 2048, device=CUDA)
+    d_logits, hidden = (torch.randn(64, n, device=CUDA).to(BF16) for n in total.shape)
+    op._add_product(total, d_logits, hidden, True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    op._add_product(total, d_logits, hidden, False)
+    assert torch.cuda.max_memory_allocated() - before < total.nbytes / 2
+    assert_close(total, 2 * (d_logits.double().T @ hidden.double()), rms=1e-5)
 
 
 @pytest.mark.usefixtures("liger_is_undone")

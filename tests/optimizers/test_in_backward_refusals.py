@@ -73,6 +73,8 @@ def test_accepted_and_rounded_stochastically(tmp_path):
     assert more.optim_args == "states=fp8,bf16_stochastic_round=True"
     off = arguments(tmp_path, *words, "--optim_args", "bf16_stochastic_round=False")
     assert off.optim_args == "bf16_stochastic_round=False"
+    under_ddp = arguments(tmp_path, *words[len(CLIPPED) :], engine="ddp")
+    assert under_ddp.optim_args == "bf16_stochastic_round=True"
 
 
 def test_states_go_with_one_optimizer(tiny_moe, tokenizer, tmp_path):

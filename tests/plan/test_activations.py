@@ -11,7 +11,7 @@ from qwen3_sft.families.known_models import KNOWN_CONFIGS
 from qwen3_sft.model.meta_model import known_config
 from qwen3_sft.plan.activations import activation_plan
 
-BF16 = {"compute_bytes": 2, "residual_bytes": 2, "chunk_tokens": 1024}
+BF16 = {"compute_bytes": 2, "residual_bytes": 2, "chunk_tokens": 4096}
 SHARED = 32 + 512  # ids, positions, labels; cosines and sines
 
 # Bytes per token and layer of the 30B in bfloat16, counted by hand.
@@ -49,8 +49,11 @@ def test_published_sizes_of_the_30b(config):
     # Gradients of the residual stream, of the hidden rows, of the routing weights; rows, their sum.
     backward = 4096 + FIRST + 8 * 2 + 8 * 4096 + 4096
     assert {p.backward for p in (full, selective, none)} == {backward}
-    weight, logits = 151936 * 2048, 1024 * 151936
-    assert full.head == 4 * weight + 8 * logits
+    # lm_head's gradient in float32; a chunk's logits and gradient of its states, or the cast.
+    weight, position = 151936 * 2048, 2 * (151936 + 2048)
+    assert full.head.bytes(16384) == full.head.bytes(4096) == 4 * weight + 4096 * position
+    assert full.head.bytes(3000) == 4 * weight + 3000 * position
+    assert full.head.bytes(16) == 6 * weight
     assert full.head_per_token == 4 * 4096
 
 
@@ -102,7 +105,7 @@ def test_inputs_in_host_memory(config):
 
 def test_autocast_casts_for_each_product(config):
     """The residual stream in float32; q, k, v, router and experts read copies of their own."""
-    sizes = {"keeps_hidden": True, "compute_bytes": 2, "residual_bytes": 4, "chunk_tokens": 1024}
+    sizes = {"keeps_hidden": True, **BF16, "residual_bytes": 4}
     mixed = activation_plan(config, {"none": 48}, **sizes)
     plain = activation_plan(config, {"none": 48}, keeps_hidden=True, **BF16)
     extra = (2 + 3) * 4096
@@ -112,10 +115,11 @@ def test_autocast_casts_for_each_product(config):
 
 def test_tokens_that_fit(config):
     plan = activation_plan(config, {"selective": 48}, keeps_hidden=False, **BF16)
-    for free in (4 * 2**30, 20 * 2**30):
-        fits = plan.fitting(free, 1024)
-        assert fits % 1024 == 0
-        assert plan.total(fits) <= free < plan.total(fits + 1024)
+    for free in (2, 2.1, 2.3, 2.6, 3, 4, 20):  # up to 2.6 the loss decides, within its first chunk
+        for row in (16, 1024):
+            fits = plan.fitting(free * 2**30, row)
+            assert fits % row == 0
+            assert plan.total(fits) <= free * 2**30 < plan.total(fits + row)
     assert plan.fitting(2**30, 4096) == 0
     lines = list(plan.lines(4096))
     assert sum("GiB" in line for line in lines) == 4

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen3MoeConfig
 
+from monkey_patch.kernels.linear_cross_entropy.chunk import tokens_per_chunk
 from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.families.known_models import KNOWN_CONFIGS
 from qwen3_sft.model.meta_model import model_on_meta
@@ -27,7 +28,7 @@ from tests.support.fake_step import Allocations, as_on_a_gpu, forward, make_mode
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
 BF16, FP32 = torch.bfloat16, torch.float32
-TOKENS, CHUNK = 65536, 1024
+TOKENS, CHUNK = 65536, tokens_per_chunk(KNOWN_CONFIGS["Qwen/Qwen3-30B-A3B"]["vocab_size"], 2)
 POLICIES = [
     ("scatter_moe", {"none": 3}),
     ("scatter_moe", {"full": 3}),
@@ -96,7 +97,8 @@ def planned(
     )
     return memory, activation_plan(
         config, layers, compute_bytes=2, residual_bytes=weights.itemsize,
-        keeps_hidden=experts == "scatter_moe", chunk_tokens=CHUNK,
+        keeps_hidden=experts == "scatter_moe",
+        chunk_tokens=tokens_per_chunk(config.vocab_size, 2),
     )  # fmt: skip
 
 

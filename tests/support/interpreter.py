@@ -23,6 +23,7 @@ KERNEL_MODULES = (
     "monkey_patch.kernels.interpreter_check",
     "monkey_patch.kernels.scatter_moe.triton.fp8.stages",
     "monkey_patch.kernels.router.triton.stages",
+    "monkey_patch.kernels.linear_cross_entropy.triton.rows",
 )
 
 

@@ -1,6 +1,7 @@
 """Cross entropy of a linear head without the (N, V) logits.
 
-In plain torch, chunk by chunk: there is no Triton kernel.
+`op.py` goes through the positions in chunks (`chunk.py`); `triton/` turns the logits of one into
+their gradient in place.
 """
 
 from monkey_patch.kernels.linear_cross_entropy.op import linear_cross_entropy_sum
