@@ -49,6 +49,7 @@ class Tiles:
     num_stages: int
     tma: bool = False
     persistent: bool = False
+    warp_specialize: bool = False
     epilogue_n: int = 32
     library: bool = False
 

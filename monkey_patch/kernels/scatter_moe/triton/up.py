@@ -14,6 +14,8 @@ from monkey_patch.kernels.scatter_moe.triton.rows import (
     grid_of,
     load_gathered,
     row_tile,
+    tile_count,
+    walk_arguments,
 )
 from monkey_patch.kernels.scatter_moe.triton.swiglu import halves, swiglu
 from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, takes_tma
@@ -28,7 +30,6 @@ def _up_kernel(
     slot_of_row_ptr,
     tiles_ptr,
     num_row_tiles,
-    NUM_EXPERTS: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -39,48 +40,51 @@ def _up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     """Compute hidden = x[token] @ weight[e].T, gate before up, and silu(gate) * up."""
     COLUMN_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
-    for work in range(tl.program_id(0), num_row_tiles * COLUMN_TILES, tl.num_programs(0)):
+    num_tiles = tile_count(tiles_ptr, num_row_tiles) * COLUMN_TILES
+    for work in tl.range(
+        tl.program_id(0), num_tiles, tl.num_programs(0),
+        flatten=PERSISTENT, warp_specialize=WARP_SPECIALIZE,
+    ):  # fmt: skip
         # Column tiles of the same rows are neighbours, so that x comes from L2 after the first.
         expert, first_row, end_row = row_tile(tiles_ptr, num_row_tiles, work // COLUMN_TILES)
-        if expert < NUM_EXPERTS:
-            column = (work % COLUMN_TILES) * BLOCK_N
-            rows, is_row, _, token = gathered_rows(
-                slot_of_row_ptr, first_row, end_row, TOP_K, BLOCK_M
-            )
-            is_row = is_row[:, None]
-            columns, ks = column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-            x_ptrs = x_ptr + token[:, None] * D + ks[None, :]
-            is_column = columns < F
-            if TMA:
-                # Gate and up rows as one operand of twice the width: half the instructions, and x
-                # is read once from shared memory. A thread holds columns of both halves.
-                both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
-                for k in range(0, D, BLOCK_K):
-                    x = load_gathered(x_ptrs, k, is_row, D, BLOCK_K)
-                    w = weight.load([2 * expert, column, k]).reshape(2 * BLOCK_N, BLOCK_K)
-                    both = tl.dot(x, w.T, both, input_precision=PRECISION)
-                gate, up = halves(both)
-            else:
-                gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                gate_rows = (expert.to(tl.int64) * (2 * F) + columns) * D
-                w_ptrs = weight + gate_rows[None, :] + ks[:, None]
-                for k in range(0, D, BLOCK_K):
-                    x = load_gathered(x_ptrs, k, is_row, D, BLOCK_K)
-                    is_weight = is_column[None, :] & (ks + k < D)[:, None]
-                    gate_w = tl.load(w_ptrs + k, mask=is_weight, other=0.0)
-                    up_w = tl.load(w_ptrs + k + F * D, mask=is_weight, other=0.0)
-                    gate = tl.dot(x, gate_w, gate, input_precision=PRECISION)
-                    up = tl.dot(x, up_w, up, input_precision=PRECISION)
-            rows, columns = rows.to(tl.int64)[:, None], columns[None, :]
-            mask = is_row & is_column[None, :]
-            act = swiglu(gate, up, rows, columns, mask, hidden_ptr, F, STORE_HIDDEN)
-            if STORE_ACT:
-                act = act.to(act_ptr.dtype.element_ty)
-                tl.store(act_ptr + rows * F + columns, act, mask=mask)
+        column = (work % COLUMN_TILES) * BLOCK_N
+        rows, is_row, _, token = gathered_rows(slot_of_row_ptr, first_row, end_row, TOP_K, BLOCK_M)
+        is_row = is_row[:, None]
+        columns, ks = column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + token[:, None] * D + ks[None, :]
+        is_column = columns < F
+        if TMA:
+            # Gate and up rows as one operand of twice the width: half the instructions, and x
+            # is read once from shared memory. A thread holds columns of both halves.
+            both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+            for k in range(0, D, BLOCK_K):
+                x = load_gathered(x_ptrs, k, is_row, D, BLOCK_K)
+                w = weight.load([2 * expert, column, k]).reshape(2 * BLOCK_N, BLOCK_K)
+                both = tl.dot(x, w.T, both, input_precision=PRECISION)
+            gate, up = halves(both)
+        else:
+            gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            gate_rows = (expert.to(tl.int64) * (2 * F) + columns) * D
+            w_ptrs = weight + gate_rows[None, :] + ks[:, None]
+            for k in range(0, D, BLOCK_K):
+                x = load_gathered(x_ptrs, k, is_row, D, BLOCK_K)
+                is_weight = is_column[None, :] & (ks + k < D)[:, None]
+                gate_w = tl.load(w_ptrs + k, mask=is_weight, other=0.0)
+                up_w = tl.load(w_ptrs + k + F * D, mask=is_weight, other=0.0)
+                gate = tl.dot(x, gate_w, gate, input_precision=PRECISION)
+                up = tl.dot(x, up_w, up, input_precision=PRECISION)
+        rows, columns = rows.to(tl.int64)[:, None], columns[None, :]
+        mask = is_row & is_column[None, :]
+        act = swiglu(gate, up, rows, columns, mask, hidden_ptr, F, STORE_HIDDEN)
+        if STORE_ACT:
+            act = act.to(act_ptr.dtype.element_ty)
+            tl.store(act_ptr + rows * F + columns, act, mask=mask)
 
 
 def up_launch(
@@ -126,13 +130,13 @@ def up_launch(
             "slot_of_row_ptr": slot_of_row,
             "tiles_ptr": row_tiles,
             "num_row_tiles": num_row_tiles,
-            "NUM_EXPERTS": num_experts,
             "D": depth,
             "F": width // 2,
             "TOP_K": top_k,
             "STORE_HIDDEN": hidden_N2F is not None,
             "STORE_ACT": act_NF is not None,
             **cut_arguments(tiles, x_TD.dtype, tma=tma),
+            **walk_arguments(tiles),
         },
         tiles.num_warps,
         tiles.num_stages,
