@@ -2,7 +2,8 @@
 
 With g = d_out[token] @ down[e] the gradient of the routing weight is <g, act>, so the output of the
 down projection is never needed (SonicMoE, arXiv 2512.14080). The epilogue takes a few columns of
-the tile at a time: with all of them at once it spills registers on sm_90 and sm_100.
+the tile at a time: with all of them at once it spills registers on sm_90 and sm_100. It moves 1.4
+times the bytes of the operands, which is why a persistent grid hides it behind the next product.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def _activation_gradient_kernel(
 ):
     COLUMN_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     num_tiles = tile_count(tiles_ptr, num_row_tiles) * COLUMN_TILES
+    done = tl.program_id(0) - tl.num_programs(0)
     for work in tl.range(
         tl.program_id(0), num_tiles, tl.num_programs(0),
         flatten=PERSISTENT, warp_specialize=WARP_SPECIALIZE,
@@ -79,12 +81,18 @@ def _activation_gradient_kernel(
                 w = tl.load(w_ptrs + k * F, mask=is_weight, other=0.0)
             acc = tl.dot(d_out, w, acc, input_precision=PRECISION)
 
+        # From the map again: rows kept while the tile is multiplied would spill registers.
+        done += tl.num_programs(0)
+        _, first_row, end_row = row_tile(tiles_ptr, num_row_tiles, done // COLUMN_TILES)
+        column = (done % COLUMN_TILES) * BLOCK_N
+        rows, is_row, slot, _ = gathered_rows(slot_of_row_ptr, first_row, end_row, TOP_K, BLOCK_M)
         factor = tl.load(routing_weights_ptr + slot, mask=is_row, other=0.0).to(tl.float32)
+        start = first_row.to(tl.int64)  # one number, and small offsets from it
         partial = _some_columns(
-            acc, factor, rows, is_row, column, hidden_ptr, d_hidden_ptr, scaled_act_ptr,
-            F, STORE_ACT, EPILOGUE_N,
+            acc, factor, tl.arange(0, BLOCK_M), is_row, column, hidden_ptr + start * (2 * F),
+            d_hidden_ptr + start * (2 * F), scaled_act_ptr + start * F, F, STORE_ACT, EPILOGUE_N,
         )  # fmt: skip
-        place = (work % COLUMN_TILES) * num_slots.to(tl.int64) + rows
+        place = (done % COLUMN_TILES) * num_slots.to(tl.int64) + rows
         tl.store(partial_ptr + place, partial, mask=is_row)
 
 
@@ -102,7 +110,10 @@ def _some_columns(
     STORE_ACT: tl.constexpr,
     EPILOGUE_N: tl.constexpr,
 ):
-    """Take `swiglu_gradient` EPILOGUE_N columns at a time; return <d_act, act> of every row."""
+    """Take `swiglu_gradient` EPILOGUE_N columns at a time; return <d_act, act> of every row.
+
+    The pointers are to row 0 of `rows`.
+    """
     if d_act.shape[1] > EPILOGUE_N:
         left, right = halves(d_act)
         d_factor = _some_columns(
@@ -117,7 +128,7 @@ def _some_columns(
         columns = first_column + tl.arange(0, d_act.shape[1])[None, :]
         mask = is_row[:, None] & (columns < F)
         d_factor, _, _ = swiglu_gradient(
-            d_act, factor, rows.to(tl.int64)[:, None], columns, mask,
+            d_act, factor, rows[:, None], columns, mask,
             hidden_ptr, d_hidden_ptr, scaled_act_ptr, F, STORE_ACT,
         )  # fmt: skip
     return d_factor
@@ -177,7 +188,7 @@ def activation_gradient_launch(
             "TOP_K": weights_TK.shape[1],
             "STORE_ACT": scaled_act_NF is not None,
             **cut_arguments(tiles, d_out_TD.dtype, tma=tma),
-            **walk_arguments(tiles),
+            **walk_arguments(tiles, tma=tma),
             "EPILOGUE_N": tiles.epilogue_n,
         },
         tiles.num_warps,

@@ -124,7 +124,7 @@ def product_launch(
             "DEPTH": depth,
             "TRANSPOSED": transposed,
             **cut_arguments(tiles, rows_NK.dtype, tma=tma),
-            **walk_arguments(tiles),
+            **walk_arguments(tiles, tma=tma),
         },
         tiles.num_warps,
         tiles.num_stages,

@@ -91,6 +91,9 @@ def cut_arguments(tiles: Tiles, dtype: torch.dtype, *, tma: bool) -> dict[str, A
     }
 
 
-def walk_arguments(tiles: Tiles) -> dict[str, Any]:
-    """Return what a product on row tiles is told about its way from tile to tile."""
-    return {"PERSISTENT": tiles.persistent, "WARP_SPECIALIZE": tiles.warp_specialize}
+def walk_arguments(tiles: Tiles, *, tma: bool) -> dict[str, Any]:
+    """Return how a product on row tiles goes from tile to tile.
+
+    Nothing but descriptors is loaded by warps of its own, so without them there is nothing to part.
+    """
+    return {"PERSISTENT": tiles.persistent, "WARP_SPECIALIZE": tiles.warp_specialize and tma}
