@@ -37,6 +37,7 @@ _BUFFERS = (5, 4, 3)  # steps whose operands lie in shared memory at once
 # make products smaller than the loads around them.
 _ACCUMULATORS = range(32, 129)
 _EPILOGUES = ("up", "activation_gradient")  # do more than store
+_MANY_ACCUMULATORS = 64
 _LIBRARY_STAGES = ("down", "input_gradient")
 _ELEMENT_BYTES = 2  # bfloat16
 
@@ -130,13 +131,21 @@ def _ways(stage: str, target: str, block_m: int, block_n: int, warps: int) -> li
 
 
 def _walks(stage: str, target: str, cut: Tiles) -> list[Tiles]:
-    """Return the persistent programs of a tile that are not the same machine code."""
-    if stage == "weight_gradient" or not cut.tma:
+    """Return the persistent programs of a large tile that are not the same machine code.
+
+    Small tiles leave room for a second program, which computes while the first finishes a tile.
+    """
+    accumulators = cut.block_m * cut.block_n * (2 if stage == "up" else 1) // (32 * cut.num_warps)
+    is_large = cut.num_warps == max(_WARPS) and accumulators >= _MANY_ACCUMULATORS
+    if stage == "weight_gradient" or not (cut.tma and is_large):
         return []
-    walk = replace(cut, persistent=True)
-    # Warps of their own have fewer registers for the epilogue.
-    parted = replace(walk, warp_specialize=True, epilogue_n=16 if stage in _EPILOGUES else 32)
-    return [parted, walk] if target in _WARP_SPECIALIZING else [walk]
+    # The next tile's operands, and fewer warps for the epilogue, leave it fewer registers.
+    epilogues = (16, 32) if stage in _EPILOGUES else (32,)
+    walks = [replace(cut, persistent=True, epilogue_n=columns) for columns in epilogues]
+    parted = replace(walks[0], warp_specialize=True)
+    # 136 registers do not hold 128 accumulators and the rest of this epilogue.
+    spills = stage == "activation_gradient" and accumulators > _MANY_ACCUMULATORS
+    return [parted, *walks] if target in _WARP_SPECIALIZING and not spills else walks
 
 
 def _stages(stage: str, buffers: int) -> int:
