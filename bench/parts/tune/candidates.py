@@ -139,13 +139,14 @@ def _walks(stage: str, target: str, cut: Tiles) -> list[Tiles]:
     is_large = cut.num_warps == max(_WARPS) and accumulators >= _MANY_ACCUMULATORS
     if stage == "weight_gradient" or not (cut.tma and is_large):
         return []
-    # The next tile's operands, and fewer warps for the epilogue, leave it fewer registers.
-    epilogues = (16, 32) if stage in _EPILOGUES else (32,)
-    walks = [replace(cut, persistent=True, epilogue_n=columns) for columns in epilogues]
-    parted = replace(walks[0], warp_specialize=True)
+    walk = replace(cut, persistent=True)
+    # Beside the operands of the next tile 128 x 256 may spill at 32 columns (Triton 3.6, sm_90).
+    narrow = [replace(walk, epilogue_n=16)] if stage == "activation_gradient" else []
+    parted = replace(walk, warp_specialize=True, epilogue_n=16 if stage in _EPILOGUES else 32)
     # 136 registers do not hold 128 accumulators and the rest of this epilogue.
     spills = stage == "activation_gradient" and accumulators > _MANY_ACCUMULATORS
-    return [parted, *walks] if target in _WARP_SPECIALIZING and not spills else walks
+    is_parted = target in _WARP_SPECIALIZING and not spills
+    return [*([parted] if is_parted else []), *narrow, walk]
 
 
 def _stages(stage: str, buffers: int) -> int:
