@@ -132,6 +132,7 @@ class Tuner:
         return timing
 
     def _compile(self, stage: str, cut: Tiles) -> Compiled:
+        self.compiling.start(stage, cut)
         try:
             compiled = self.compiling.result(stage, cut, self._left())
         except TimeoutError:
@@ -229,7 +230,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     stages = list(PRODUCTS)
     parser.add_argument("--stages", nargs="+", choices=stages, default=stages, metavar="STAGE")
-    parser.add_argument("--candidates", type=int, default=24, help="most cuts to compile per stage")
+    parser.add_argument("--candidates", type=int, default=32, help="most cuts to compile per stage")
     parser.add_argument("--seconds", type=float, default=600.0, help="of the whole run")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=max(1, cores - 1), help="compilers at once")

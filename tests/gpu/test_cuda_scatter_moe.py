@@ -82,7 +82,16 @@ def test_every_shipped_cut_runs(rows, monkeypatch):
     assert_matches(tensors, index)
 
 
-@pytest.mark.parametrize("changes", [{"persistent": True}, {"tma": False}, {"library": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"persistent": True},
+        {"persistent": True, "tma": False},
+        {"persistent": True, "warp_specialize": True, "epilogue_n": 16},
+        {"tma": False},
+        {"library": True},
+    ],
+)
 def test_every_way_to_launch(changes, monkeypatch):
     tensors, index = on_gpu(T=700, E=8, K=2, D=512, F=256, dtype=torch.bfloat16)
 

@@ -26,6 +26,7 @@ INTERPRETER = "interpreter"
 # Shared memory that one program may have, in KiB: CUDA C++ programming guide, technical
 # specifications per compute capability.
 _SHARED_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+_WARP_SPECIALIZING = ("sm_100",)  # elsewhere Triton compiles the same without a word
 _WITHOUT_TMA = ("sm_80", "sm_89")
 _TENSOR_CORES = {"sm_90": "wgmma", "sm_100": "tcgen05"}
 
@@ -35,6 +36,8 @@ _BUFFERS = (5, 4, 3)  # steps whose operands lie in shared memory at once
 # Float32 accumulators per thread: more do not leave enough of the 255 registers for the rest, fewer
 # make products smaller than the loads around them.
 _ACCUMULATORS = range(32, 129)
+_EPILOGUES = ("up", "activation_gradient")  # do more than store
+_MANY_ACCUMULATORS = 64
 _LIBRARY_STAGES = ("down", "input_gradient")
 _ELEMENT_BYTES = 2  # bfloat16
 
@@ -77,15 +80,15 @@ def candidates(stage: str, target: str, shipped: Sequence[Tiles], limit: int) ->
             (tile + 2 * way, tile, way) for tile, w in enumerate(ways) for way in range(len(w))
         ]
         more = [ways[tile][way] for _, tile, way in sorted(places)]
-    own = [_as_compiled(cut) for cut in shipped]
+    own = [replace(cut, persistent=False, warp_specialize=False, library=False) for cut in shipped]
     found = list(dict.fromkeys([*shipped, *own, *more]))[: max(limit, len(shipped))]
     library = [replace(own[-1], library=True)] if stage in _LIBRARY_STAGES else []
     return list(dict.fromkeys([*found, *library]))
 
 
-def _as_compiled(cut: Tiles) -> Tiles:
+def _as_compiled(stage: str, cut: Tiles) -> Tiles:
     """Return the cut without what the compiler does not see."""
-    return replace(cut, persistent=False, library=False)
+    return replace(cut, persistent=cut.persistent and stage != "weight_gradient", library=False)
 
 
 def _tiles(stage: str) -> list[tuple[int, int, int]]:
@@ -116,13 +119,34 @@ def _ways(stage: str, target: str, block_m: int, block_n: int, warps: int) -> li
     usual, short, long = depths(_BLOCK_K), depths(_BLOCK_K // 2), depths(2 * _BLOCK_K)
     best, has_epilogue = usual[:1], stage == "activation_gradient"
     return [
-        *usual[:2],
+        *best,
+        *(walk for cut in best for walk in _walks(stage, target, cut)),
+        *usual[1:2],
         *(replace(cut, epilogue_n=64) for cut in best if has_epilogue),
         *(replace(cut, tma=False) for cut in best if tma),
         *long[:1],
         *short[:1],
         *(replace(cut, epilogue_n=16) for cut in best if has_epilogue),
     ]
+
+
+def _walks(stage: str, target: str, cut: Tiles) -> list[Tiles]:
+    """Return the persistent programs of a large tile that are not the same machine code.
+
+    Small tiles leave room for a second program, which computes while the first finishes a tile.
+    """
+    accumulators = cut.block_m * cut.block_n * (2 if stage == "up" else 1) // (32 * cut.num_warps)
+    is_large = cut.num_warps == max(_WARPS) and accumulators >= _MANY_ACCUMULATORS
+    if stage == "weight_gradient" or not (cut.tma and is_large):
+        return []
+    walk = replace(cut, persistent=True)
+    # Beside the operands of the next tile 128 x 256 may spill at 32 columns (Triton 3.6, sm_90).
+    narrow = [replace(walk, epilogue_n=16)] if stage == "activation_gradient" else []
+    parted = replace(walk, warp_specialize=True, epilogue_n=16 if stage in _EPILOGUES else 32)
+    # 136 registers do not hold 128 accumulators and the rest of this epilogue.
+    spills = stage == "activation_gradient" and accumulators > _MANY_ACCUMULATORS
+    is_parted = target in _WARP_SPECIALIZING and not spills
+    return [*([parted] if is_parted else []), *narrow, walk]
 
 
 def _stages(stage: str, buffers: int) -> int:
@@ -183,7 +207,7 @@ class Compiling:
 
     def start(self, stage: str, cut: Tiles) -> None:
         """Compile this after what was started before; repetitions cost nothing."""
-        key = (stage, _as_compiled(cut))
+        key = (stage, _as_compiled(stage, cut))
         if self.target != INTERPRETER and not cut.library and key not in self._futures:
             self._futures[key] = self._pool.submit(compile_cut, *key, self.shape, self.target)
 
@@ -201,7 +225,7 @@ class Compiling:
         if self.target == INTERPRETER or cut.library:
             return Compiled()
         try:
-            return self._futures[stage, _as_compiled(cut)].result(seconds)
+            return self._futures[stage, _as_compiled(stage, cut)].result(seconds)
         except (BrokenExecutor, CancelledError) as error:
             return Compiled(problem=f"not compiled: {type(error).__name__}")
 

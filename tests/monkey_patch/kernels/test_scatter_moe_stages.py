@@ -78,8 +78,9 @@ def test_row_tiles_cover_every_row_once(block_m):
         for e, size in enumerate(sizes)
         for m in range(0, size, block_m)
     ]
-    assert [tuple(t) for t in tiles.T.tolist()[: len(expected)]] == expected
+    assert [tuple(t) for t in tiles[:3].T.tolist()[: len(expected)]] == expected
     assert (tiles[0, len(expected) :] == len(sizes)).all()
+    assert (tiles[3] == len(expected)).all()
 
 
 @pytest.fixture
@@ -138,12 +139,37 @@ def test_every_cut_gives_the_same_result(block, truth, sizes, tma):
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_a_persistent_grid_gives_the_same_bits(block, truth, monkeypatch):
+@pytest.mark.parametrize(
+    ("programs", "changes"), [(3, {}), (200, {"tma": True, "warp_specialize": True})]
+)
+def test_a_persistent_grid_gives_the_same_bits(block, monkeypatch, programs, changes):
+    """Three programs walk over the tiles; of 200 most have none."""
+    cut = Tiles(32, 32, 16, 4, 1, persistent=True, epilogue_n=16, **changes)
+    plain = block(replace(cut, persistent=False, warp_specialize=False))
     for module in ("up", "product", "activation_gradient", "weight_gradient"):
         name = f"monkey_patch.kernels.scatter_moe.triton.{module}.grid_of"
-        monkeypatch.setattr(name, lambda tiles, num_tiles, tensor: min(3, num_tiles))
-    for got, expected in zip(block(SMALL), truth, strict=True):
+        monkeypatch.setattr(name, lambda tiles, num_tiles, tensor: programs)
+    for got, expected in zip(block(cut), plain, strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_rows_of_no_expert_stay_untouched(monkeypatch, persistent):
+    """The walk ends at the last tile there is, which only the device knows; here there is none."""
+    index = torch.full((40, 2), 4)
+    routing = TritonStages.sort_by_expert(index, 4)
+    out = torch.full((80, 32), 7.0)
+    cut = replace(SMALL, persistent=persistent)
+    tiles = RowTiles(routing).map(cut.block_m)
+    assert tiles.shape[1] > 0
+    weight = torch.randn(4, 32, 48)
+    product_launch(torch.randn(80, 48), weight, out, tiles, cut, transposed=True).run()
+    assert (out == 7.0).all()
+
+
+def test_warps_of_their_own_need_a_persistent_grid():
+    with pytest.raises(ValueError, match="warp_specialize is true, but persistent is not"):
+        replace(SMALL, warp_specialize=True)
 
 
 def test_act_is_that_of_the_stored_hidden():
@@ -185,7 +211,7 @@ def test_rows_beyond_two_billion_elements_are_written():
     rows_NK = torch.empty(len(out_NM), depth, dtype=torch.float16)
     rows_NK[far : far + 16] = torch.randn(16, depth).half()
     weight = torch.randn(1, width, depth).half()
-    tiles = torch.tensor([[0], [far], [far + 16]], dtype=torch.int32)
+    tiles = torch.tensor([[0], [far], [far + 16], [1]], dtype=torch.int32)
     cut = replace(SMALL, block_n=1024)
     for transposed, w in ((True, weight), (False, weight.transpose(1, 2).contiguous())):
         out_NM[far : far + 16] = torch.nan
@@ -201,7 +227,7 @@ def test_tokens_beyond_two_billion_elements_are_gathered():
     x_TD[far] = torch.randn(depth).half()
     weight = torch.randn(1, 2 * 16, depth).half() / 45
     hidden = torch.empty(1, 32, dtype=torch.float16)
-    tiles = torch.tensor([[0], [0], [1]], dtype=torch.int32)
+    tiles = torch.tensor([[0], [0], [1], [1]], dtype=torch.int32)
     slot = torch.tensor([far], dtype=torch.int32)
     up_launch(x_TD, weight, hidden, None, slot, tiles, 1, replace(SMALL, block_k=256)).run()
     assert_close(hidden, x_TD[far : far + 1].double() @ weight[0].double().T)
@@ -217,7 +243,7 @@ def test_gradients_of_rows_beyond_two_billion_elements():
     num_slots = len(hidden_N2F)
     slots = torch.zeros(num_slots, dtype=torch.int32)
     slots[far : far + rows] = torch.arange(rows, dtype=torch.int32)
-    tiles = torch.tensor([[0], [far], [far + rows]], dtype=torch.int32)
+    tiles = torch.tensor([[0], [far], [far + rows], [1]], dtype=torch.int32)
     partial = torch.zeros(2, num_slots)
     cut = replace(SMALL, block_n=512)
     ones = torch.ones(rows, 1).half()

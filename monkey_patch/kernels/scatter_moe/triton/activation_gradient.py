@@ -2,7 +2,8 @@
 
 With g = d_out[token] @ down[e] the gradient of the routing weight is <g, act>, so the output of the
 down projection is never needed (SonicMoE, arXiv 2512.14080). The epilogue takes a few columns of
-the tile at a time: with all of them at once it spills registers on sm_90 and sm_100.
+the tile at a time: with all of them at once it spills registers on sm_90 and sm_100. It moves 1.4
+times the bytes of the operands, which is why a persistent grid hides it behind the next product.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from monkey_patch.kernels.scatter_moe.triton.rows import (
     grid_of,
     load_gathered,
     row_tile,
+    tile_count,
+    walk_arguments,
 )
 from monkey_patch.kernels.scatter_moe.triton.swiglu import halves, swiglu_gradient
 from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, takes_tma
@@ -37,7 +40,6 @@ def _activation_gradient_kernel(
     tiles_ptr,
     num_row_tiles,
     num_slots,
-    NUM_EXPERTS: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -48,38 +50,50 @@ def _activation_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EPILOGUE_N: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     COLUMN_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
-    for work in range(tl.program_id(0), num_row_tiles * COLUMN_TILES, tl.num_programs(0)):
+    num_tiles = tile_count(tiles_ptr, num_row_tiles) * COLUMN_TILES
+    done = tl.program_id(0) - tl.num_programs(0)
+    for work in tl.range(
+        tl.program_id(0), num_tiles, tl.num_programs(0),
+        flatten=PERSISTENT, warp_specialize=WARP_SPECIALIZE,
+    ):  # fmt: skip
         expert, first_row, end_row = row_tile(tiles_ptr, num_row_tiles, work // COLUMN_TILES)
-        if expert < NUM_EXPERTS:
-            column = (work % COLUMN_TILES) * BLOCK_N
-            rows, is_row, slot, token = gathered_rows(
-                slot_of_row_ptr, first_row, end_row, TOP_K, BLOCK_M
-            )
-            columns = column + tl.arange(0, BLOCK_N)
-            is_column = (columns < F)[None, :]
-            ks = tl.arange(0, BLOCK_K)
-            d_out_ptrs = d_out_ptr + token[:, None] * D + ks[None, :]
-            if not TMA:
-                w_ptrs = weight + (expert.to(tl.int64) * D + ks[:, None]) * F + columns[None, :]
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for k in range(0, D, BLOCK_K):
-                d_out = load_gathered(d_out_ptrs, k, is_row[:, None], D, BLOCK_K)
-                if TMA:
-                    w = weight.load([expert * D + k, column])
-                else:
-                    is_weight = is_column & (ks + k < D)[:, None]
-                    w = tl.load(w_ptrs + k * F, mask=is_weight, other=0.0)
-                acc = tl.dot(d_out, w, acc, input_precision=PRECISION)
+        column = (work % COLUMN_TILES) * BLOCK_N
+        rows, is_row, slot, token = gathered_rows(
+            slot_of_row_ptr, first_row, end_row, TOP_K, BLOCK_M
+        )
+        columns = column + tl.arange(0, BLOCK_N)
+        is_column = (columns < F)[None, :]
+        ks = tl.arange(0, BLOCK_K)
+        d_out_ptrs = d_out_ptr + token[:, None] * D + ks[None, :]
+        if not TMA:
+            w_ptrs = weight + (expert.to(tl.int64) * D + ks[:, None]) * F + columns[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, D, BLOCK_K):
+            d_out = load_gathered(d_out_ptrs, k, is_row[:, None], D, BLOCK_K)
+            if TMA:
+                w = weight.load([expert * D + k, column])
+            else:
+                is_weight = is_column & (ks + k < D)[:, None]
+                w = tl.load(w_ptrs + k * F, mask=is_weight, other=0.0)
+            acc = tl.dot(d_out, w, acc, input_precision=PRECISION)
 
-            factor = tl.load(routing_weights_ptr + slot, mask=is_row, other=0.0).to(tl.float32)
-            partial = _some_columns(
-                acc, factor, rows, is_row, column, hidden_ptr, d_hidden_ptr, scaled_act_ptr,
-                F, STORE_ACT, EPILOGUE_N,
-            )  # fmt: skip
-            place = (work % COLUMN_TILES) * num_slots.to(tl.int64) + rows
-            tl.store(partial_ptr + place, partial, mask=is_row)
+        # From the map again: rows kept while the tile is multiplied would spill registers.
+        done += tl.num_programs(0)
+        _, first_row, end_row = row_tile(tiles_ptr, num_row_tiles, done // COLUMN_TILES)
+        column = (done % COLUMN_TILES) * BLOCK_N
+        rows, is_row, slot, _ = gathered_rows(slot_of_row_ptr, first_row, end_row, TOP_K, BLOCK_M)
+        factor = tl.load(routing_weights_ptr + slot, mask=is_row, other=0.0).to(tl.float32)
+        start = first_row.to(tl.int64)  # one number, and small offsets from it
+        partial = _some_columns(
+            acc, factor, tl.arange(0, BLOCK_M), is_row, column, hidden_ptr + start * (2 * F),
+            d_hidden_ptr + start * (2 * F), scaled_act_ptr + start * F, F, STORE_ACT, EPILOGUE_N,
+        )  # fmt: skip
+        place = (done % COLUMN_TILES) * num_slots.to(tl.int64) + rows
+        tl.store(partial_ptr + place, partial, mask=is_row)
 
 
 @triton.jit
@@ -96,7 +110,10 @@ def _some_columns(
     STORE_ACT: tl.constexpr,
     EPILOGUE_N: tl.constexpr,
 ):
-    """Take `swiglu_gradient` EPILOGUE_N columns at a time; return <d_act, act> of every row."""
+    """Take `swiglu_gradient` EPILOGUE_N columns at a time; return <d_act, act> of every row.
+
+    The pointers are to row 0 of `rows`.
+    """
     if d_act.shape[1] > EPILOGUE_N:
         left, right = halves(d_act)
         d_factor = _some_columns(
@@ -111,7 +128,7 @@ def _some_columns(
         columns = first_column + tl.arange(0, d_act.shape[1])[None, :]
         mask = is_row[:, None] & (columns < F)
         d_factor, _, _ = swiglu_gradient(
-            d_act, factor, rows.to(tl.int64)[:, None], columns, mask,
+            d_act, factor, rows[:, None], columns, mask,
             hidden_ptr, d_hidden_ptr, scaled_act_ptr, F, STORE_ACT,
         )  # fmt: skip
     return d_factor
@@ -166,12 +183,12 @@ def activation_gradient_launch(
             "tiles_ptr": row_tiles,
             "num_row_tiles": num_row_tiles,
             "num_slots": len(slot_of_row),
-            "NUM_EXPERTS": num_experts,
             "D": depth,
             "F": width,
             "TOP_K": weights_TK.shape[1],
             "STORE_ACT": scaled_act_NF is not None,
             **cut_arguments(tiles, d_out_TD.dtype, tma=tma),
+            **walk_arguments(tiles, tma=tma),
             "EPILOGUE_N": tiles.epilogue_n,
         },
         tiles.num_warps,

@@ -8,7 +8,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from monkey_patch.kernels.launch import Launch, cdiv
-from monkey_patch.kernels.scatter_moe.triton.rows import cut_arguments, grid_of, row_tile
+from monkey_patch.kernels.scatter_moe.triton.rows import (
+    cut_arguments,
+    grid_of,
+    row_tile,
+    tile_count,
+    walk_arguments,
+)
 from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles, takes_tma
 
 
@@ -19,7 +25,6 @@ def _product_kernel(
     out_ptr,
     tiles_ptr,
     num_row_tiles,
-    NUM_EXPERTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -28,6 +33,8 @@ def _product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     """Multiply by weight[e].T, weight being (E, COLUMNS, DEPTH), if TRANSPOSED, else by weight[e].
 
@@ -35,43 +42,42 @@ def _product_kernel(
     they end in rows of the result that are not stored.
     """
     COLUMN_TILES: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
-    for work in range(tl.program_id(0), num_row_tiles * COLUMN_TILES, tl.num_programs(0)):
+    num_tiles = tile_count(tiles_ptr, num_row_tiles) * COLUMN_TILES
+    for work in tl.range(
+        tl.program_id(0), num_tiles, tl.num_programs(0),
+        flatten=PERSISTENT, warp_specialize=WARP_SPECIALIZE,
+    ):  # fmt: skip
         expert, first_row, end_row = row_tile(tiles_ptr, num_row_tiles, work // COLUMN_TILES)
-        if expert < NUM_EXPERTS:
-            column = (work % COLUMN_TILES) * BLOCK_N
-            rows = first_row + tl.arange(0, BLOCK_M)
-            columns = column + tl.arange(0, BLOCK_N)
-            ks = tl.arange(0, BLOCK_K)
-            is_row = (rows < end_row)[:, None]
-            is_column = (columns < COLUMNS)[None, :]
-            row_start = rows.to(tl.int64)[:, None]
-            if not TMA:
-                row_ptrs = rows_in + row_start * DEPTH + ks[None, :]
+        column = (work % COLUMN_TILES) * BLOCK_N
+        rows = first_row + tl.arange(0, BLOCK_M)
+        columns = column + tl.arange(0, BLOCK_N)
+        ks = tl.arange(0, BLOCK_K)
+        is_row = (rows < end_row)[:, None]
+        is_column = (columns < COLUMNS)[None, :]
+        row_start = rows.to(tl.int64)[:, None]
+        if not TMA:
+            row_ptrs = rows_in + row_start * DEPTH + ks[None, :]
+            if TRANSPOSED:
+                places = (expert.to(tl.int64) * COLUMNS + columns[None, :]) * DEPTH + ks[:, None]
+            else:
+                places = (expert.to(tl.int64) * DEPTH + ks[:, None]) * COLUMNS + columns[None, :]
+            w_ptrs = weight + places
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, DEPTH, BLOCK_K):
+            if TMA:
+                r = rows_in.load([first_row, k])
                 if TRANSPOSED:
-                    places = (expert.to(tl.int64) * COLUMNS + columns[None, :]) * DEPTH + ks[
-                        :, None
-                    ]
+                    w = weight.load([expert * COLUMNS + column, k]).T
                 else:
-                    places = (expert.to(tl.int64) * DEPTH + ks[:, None]) * COLUMNS + columns[
-                        None, :
-                    ]
-                w_ptrs = weight + places
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for k in range(0, DEPTH, BLOCK_K):
-                if TMA:
-                    r = rows_in.load([first_row, k])
-                    if TRANSPOSED:
-                        w = weight.load([expert * COLUMNS + column, k]).T
-                    else:
-                        w = weight.load([expert * DEPTH + k, column])
-                else:
-                    is_k = ks + k < DEPTH
-                    r = tl.load(row_ptrs + k, mask=is_row & is_k[None, :], other=0.0)
-                    step = k if TRANSPOSED else k * COLUMNS
-                    w = tl.load(w_ptrs + step, mask=is_column & is_k[:, None], other=0.0)
-                acc = tl.dot(r, w, acc, input_precision=PRECISION)
-            out_ptrs = out_ptr + row_start * COLUMNS + columns[None, :]
-            tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_row & is_column)
+                    w = weight.load([expert * DEPTH + k, column])
+            else:
+                is_k = ks + k < DEPTH
+                r = tl.load(row_ptrs + k, mask=is_row & is_k[None, :], other=0.0)
+                step = k if TRANSPOSED else k * COLUMNS
+                w = tl.load(w_ptrs + step, mask=is_column & is_k[:, None], other=0.0)
+            acc = tl.dot(r, w, acc, input_precision=PRECISION)
+        out_ptrs = out_ptr + row_start * COLUMNS + columns[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_row & is_column)
 
 
 def product_launch(
@@ -93,7 +99,7 @@ def product_launch(
         tiles: the cut.
         transposed: multiply by the transposed weight.
     """
-    num_experts, columns, depth = weight.shape[0], out_NM.shape[1], rows_NK.shape[1]
+    columns, depth = out_NM.shape[1], rows_NK.shape[1]
     tiles = tiles.fit(columns, depth)
     # Without transposition a tile of the weight's rows may only end where the expert's end.
     ends_meet = transposed or depth % tiles.block_k == 0
@@ -114,11 +120,11 @@ def product_launch(
             "out_ptr": out_NM,
             "tiles_ptr": row_tiles,
             "num_row_tiles": num_row_tiles,
-            "NUM_EXPERTS": num_experts,
             "COLUMNS": columns,
             "DEPTH": depth,
             "TRANSPOSED": transposed,
             **cut_arguments(tiles, rows_NK.dtype, tma=tma),
+            **walk_arguments(tiles, tma=tma),
         },
         tiles.num_warps,
         tiles.num_stages,

@@ -107,7 +107,7 @@ def _tile_kernel(
     BLOCK_M: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """tiles[:, i] = expert, first row and end row (of the expert) of the i-th row tile."""
+    """tiles[:, i] = expert, first row, end row (of the expert) of tile i; number of all tiles."""
     experts = tl.arange(0, EXPERTS)
     is_expert = experts < NUM_EXPERTS
     start = tl.load(offsets_ptr + experts, mask=is_expert, other=0)
@@ -124,6 +124,8 @@ def _tile_kernel(
     tl.store(tiles_ptr + tile, tl.minimum(expert, NUM_EXPERTS), mask=is_tile)
     tl.store(tiles_ptr + num_tiles + tile, base + tile * BLOCK_M, mask=is_tile)
     tl.store(tiles_ptr + 2 * num_tiles + tile, tl.sum(mine * end[None, :], axis=1), mask=is_tile)
+    count = tl.zeros((TILES,), tl.int32) + tl.sum(tiles, axis=0)
+    tl.store(tiles_ptr + 3 * num_tiles + tile, count, mask=is_tile)
 
 
 def sort_launches(index_TK: torch.Tensor, num_experts: int, routing: Routing) -> list[Launch]:
@@ -172,7 +174,7 @@ def sort_launches(index_TK: torch.Tensor, num_experts: int, routing: Routing) ->
 
 
 def tile_launch(routing: Routing, block_m: int, tiles: torch.Tensor) -> Launch:
-    """Return the launch that fills `tiles`, the (3, num_row_tiles) int32 map for `block_m` rows."""
+    """Return the launch that fills `tiles`, the (4, num_row_tiles) int32 map for `block_m` rows."""
     num_experts, num_tiles = routing.offsets.numel() - 1, tiles.shape[1]
     experts = next_power_of_2(num_experts)
     per_program = max(16, min(_MOST_TILES, _TABLE // experts))

@@ -23,6 +23,12 @@ def row_tile(tiles_ptr, num_row_tiles, tile):
 
 
 @triton.jit
+def tile_count(tiles_ptr, num_row_tiles):
+    """Return how many of the row tiles there are; `num_row_tiles` is their bound."""
+    return tl.load(tiles_ptr + 3 * num_row_tiles)
+
+
+@triton.jit
 def gathered_rows(slot_of_row_ptr, first_row, end_row, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr):
     """Return rows of a tile, which exist, their slots (0 where none does), and tokens in int64."""
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -48,7 +54,7 @@ class RowTiles:
         self._maps: dict[int, torch.Tensor] = {}
 
     def map(self, block_m: int) -> torch.Tensor:
-        """Return the (3, num_row_tiles) int32 map; launches a kernel at first use."""
+        """Return the (4, num_row_tiles) int32 map; launches a kernel at first use."""
         if block_m not in self._maps:
             tiles, launch = self.new(block_m)
             launch.run()
@@ -59,7 +65,7 @@ class RowTiles:
         """Return an empty map and the launch that fills it."""
         num_slots, num_experts = len(self.routing.slot_of_row), len(self.routing.offsets) - 1
         count = num_row_tiles(num_slots, num_experts, block_m)
-        tiles = self.routing.offsets.new_empty((3, count))
+        tiles = self.routing.offsets.new_empty((4, count))
         return tiles, tile_launch(self.routing, block_m, tiles)
 
 
@@ -83,3 +89,11 @@ def cut_arguments(tiles: Tiles, dtype: torch.dtype, *, tma: bool) -> dict[str, A
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
     }
+
+
+def walk_arguments(tiles: Tiles, *, tma: bool) -> dict[str, Any]:
+    """Return how a product on row tiles goes from tile to tile.
+
+    Nothing but descriptors is loaded by warps of its own, so without them there is nothing to part.
+    """
+    return {"PERSISTENT": tiles.persistent, "WARP_SPECIALIZE": tiles.warp_specialize and tma}

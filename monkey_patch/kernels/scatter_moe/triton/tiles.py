@@ -37,8 +37,13 @@ class Tiles:
         num_warps: warps per program.
         num_stages: steps in flight.
         tma: read contiguous operands through tensor descriptors.
-        persistent: one program per multiprocessor that walks over tiles.
-        epilogue_n: columns that `activation_gradient` finishes at a time; more need more registers.
+        persistent: one program per multiprocessor that walks over tiles. On row tiles the loads of
+            the next tile are in flight while it finishes one.
+        warp_specialize: of a persistent program, other warps load, multiply and finish tiles, the
+            last while the next is multiplied (datacenter Blackwell; not `weight_gradient`). Where
+            descriptors cannot be used, `persistent` alone.
+        epilogue_n: columns that `activation_gradient`, and `up` where it is persistent, finish at a
+            time; more need more registers.
         library: leave the product to torch's grouped_mm (`down` and `input_gradient` only).
     """
 
@@ -49,8 +54,18 @@ class Tiles:
     num_stages: int
     tma: bool = False
     persistent: bool = False
+    warp_specialize: bool = False
     epilogue_n: int = 32
     library: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a field that would do nothing.
+
+        Raises:
+            ValueError: warp specialisation without a persistent grid.
+        """
+        if self.warp_specialize and not self.persistent:
+            raise ValueError("warp_specialize is true, but persistent is not: set both")
 
     def fit(self, columns: int, depth: int, rows: int | None = None) -> Tiles:
         """Shrink to a product with fewer columns, less depth or fewer rows than one tile."""
