@@ -109,7 +109,8 @@ def test_candidates(bench, stage, architecture):
     assert [cut.library for cut in found[-2:]] == [False, is_product]
     compiled = [cut for cut in found if not cut.library]
     assert 12 <= len(compiled) <= 24
-    assert not any(cut.persistent for cut in compiled), "it is tried on the fastest"
+    persistent = [cut for cut in compiled if cut.persistent]
+    assert bool(persistent) == (stage == "weight_gradient"), "others are tried on the fastest"
     assert {cut.tma for cut in compiled} == ({False} if architecture == "sm_80" else {True, False})
     most = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}[architecture] * 1024
     assert max(module.shared_bytes(stage, cut) for cut in compiled) <= most
@@ -117,6 +118,17 @@ def test_candidates(bench, stage, architecture):
     assert {64, 128} <= {cut.block_n for cut in compiled}
     assert len({cut.num_stages for cut in compiled}) > 1
     assert len({cut.block_k for cut in compiled}) > 1
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+def test_weight_gradients_of_few_rows_are_tried_early(bench, architecture):
+    """Tiles of 128 x 128 of which two fit on a multiprocessor, and the walk over tiles."""
+    own = shipped("weight_gradient", architecture)
+    found = bench("parts.tune.candidates").candidates("weight_gradient", architecture, own, 16)
+    two = [cut for cut in found if (cut.block_m, cut.block_n) == (128, 128)]
+    assert {cut.num_warps for cut in two if not cut.persistent and cut.num_stages == 5} == {4, 8}
+    assert {cut.num_warps for cut in two if cut.persistent and cut.programs == 2} == {4, 8}
+    assert any(cut.persistent and cut.block_n == 256 for cut in found)
 
 
 def test_a_tuned_table_is_tuned_again(bench):

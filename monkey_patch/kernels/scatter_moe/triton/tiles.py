@@ -37,9 +37,10 @@ class Tiles:
         num_warps: warps per program.
         num_stages: steps in flight.
         tma: read contiguous operands through tensor descriptors.
-        persistent: one program per multiprocessor that walks over tiles.
+        persistent: as many programs as there is room for, which walk over tiles.
         epilogue_n: columns that `activation_gradient` finishes at a time; more need more registers.
         library: leave the product to torch's grouped_mm (`down` and `input_gradient` only).
+        programs: per multiprocessor, of a persistent grid.
     """
 
     block_m: int
@@ -51,6 +52,7 @@ class Tiles:
     persistent: bool = False
     epilogue_n: int = 32
     library: bool = False
+    programs: int = 1
 
     def fit(self, columns: int, depth: int, rows: int | None = None) -> Tiles:
         """Shrink to a product with fewer columns, less depth or fewer rows than one tile."""
