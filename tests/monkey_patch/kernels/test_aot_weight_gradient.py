@@ -65,7 +65,8 @@ def cases(which: str) -> Iterator[tuple[str, Tiles, Launch]]:
     for target, several in cuts.items():
         for cut in several:
             for gather_left in (False, True):
-                for adds in (False, True):
+                # The plain kernel adds to float32 with too many registers for a second program.
+                for adds in (False, True) if cut.persistent else (False,):
                     yield target, cut, launch(CODER_480B, cut, gather_left=gather_left, adds=adds)
 
 
@@ -80,7 +81,7 @@ def compile_all(which: str) -> Any:
 def test_candidates_fit(which, tmp_path):
     module = "tests.monkey_patch.kernels.test_aot_weight_gradient"
     compiled = json.loads(run_compiling("-m", module, which, cache=tmp_path))
-    assert len(compiled) == {"default": 4, "rest": 36}[which]
+    assert len(compiled) == {"default": 4, "rest": 32}[which]
     cores = {"sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma_sync"}
     for one in compiled:
         assert one["spill_bytes"] == one["spill_stores"] == one["spill_loads"] == 0, one
