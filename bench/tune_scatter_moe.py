@@ -44,7 +44,7 @@ from monkey_patch.kernels.scatter_moe.triton.tiles import (
 
 TOKENS = (32768, 4096, 1024)
 ROUTINGS = ("uniform", "zipf")
-PERSISTENT = 2  # so many of the fastest are tried again with one program per multiprocessor
+PERSISTENT = 2  # so many of the fastest are tried again on a grid of what fits at once
 MARGIN_SECONDS = 3.0  # kept back for writing
 
 
@@ -108,7 +108,7 @@ class Tuner:
             if case.device == "cuda":
                 found = [t for t in found if t.problem is None and not t.cut.library]
                 for timing in sorted(found, key=lambda t: t.mean_ms)[:PERSISTENT]:
-                    self._time(stage, replace(timing.cut, persistent=True), work)
+                    self._time(stage, self._persistent(stage, timing.cut), work)
             print(f"{self.seconds_left():5.0f} s left: T={tokens} {stage}", flush=True)
             self.write_report()
 
@@ -130,6 +130,11 @@ class Tuner:
         self.timings.append(timing)
         self._check_device()
         return timing
+
+    def _persistent(self, stage: str, cut: Tiles) -> Tiles:
+        """Return the cut with as many programs as fit on the multiprocessors at once."""
+        cut = replace(cut, persistent=True)
+        return replace(cut, programs=max(1, self._compile(stage, cut).programs_per_sm))
 
     def _compile(self, stage: str, cut: Tiles) -> Compiled:
         self.compiling.start(stage, cut)

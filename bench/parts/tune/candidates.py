@@ -54,6 +54,11 @@ class Compiled:
     resources: tuple[Resources, ...] = ()
     problem: str | None = None
 
+    @property
+    def programs_per_sm(self) -> int:
+        """Programs that fit on a multiprocessor, whichever launch; 1 where nothing was compiled."""
+        return min((one.programs_per_sm for one in self.resources), default=1)
+
     def as_json(self) -> dict[str, Any]:
         """Return the fields."""
         return asdict(self)
@@ -80,15 +85,16 @@ def candidates(stage: str, target: str, shipped: Sequence[Tiles], limit: int) ->
             (tile + 2 * way, tile, way) for tile, w in enumerate(ways) for way in range(len(w))
         ]
         more = [ways[tile][way] for _, tile, way in sorted(places)]
-    own = [replace(cut, persistent=False, warp_specialize=False, library=False) for cut in shipped]
+    plain = {"persistent": False, "warp_specialize": False, "programs": 1, "library": False}
+    own = [replace(cut, **plain) for cut in shipped]
     found = list(dict.fromkeys([*shipped, *own, *more]))[: max(limit, len(shipped))]
     library = [replace(own[-1], library=True)] if stage in _LIBRARY_STAGES else []
     return list(dict.fromkeys([*found, *library]))
 
 
-def _as_compiled(stage: str, cut: Tiles) -> Tiles:
+def _as_compiled(cut: Tiles) -> Tiles:
     """Return the cut without what the compiler does not see."""
-    return replace(cut, persistent=cut.persistent and stage != "weight_gradient", library=False)
+    return replace(cut, library=False, programs=1)
 
 
 def _tiles(stage: str) -> list[tuple[int, int, int]]:
@@ -118,9 +124,11 @@ def _ways(stage: str, target: str, block_m: int, block_n: int, warps: int) -> li
 
     usual, short, long = depths(_BLOCK_K), depths(_BLOCK_K // 2), depths(2 * _BLOCK_K)
     best, has_epilogue = usual[:1], stage == "activation_gradient"
+    walk = [_persistent(cut, target) for cut in usual[:2] if stage == "weight_gradient"]
     return [
         *best,
-        *(walk for cut in best for walk in _walks(stage, target, cut)),
+        *sorted(walk, key=lambda cut: -cut.programs)[:1],
+        *(one for cut in best for one in _walks(stage, target, cut)),
         *usual[1:2],
         *(replace(cut, epilogue_n=64) for cut in best if has_epilogue),
         *(replace(cut, tma=False) for cut in best if tma),
@@ -147,6 +155,13 @@ def _walks(stage: str, target: str, cut: Tiles) -> list[Tiles]:
     spills = stage == "activation_gradient" and accumulators > _MANY_ACCUMULATORS
     is_parted = target in _WARP_SPECIALIZING and not spills
     return [*([parted] if is_parted else []), *narrow, walk]
+
+
+def _persistent(cut: Tiles, target: str) -> Tiles:
+    """Return the cut on a grid of one or two programs per multiprocessor, as many as fit."""
+    epilogue = cut.block_m * cut.epilogue_n * _ELEMENT_BYTES
+    fits = _SHARED_KIB[target] * 1024 // (shared_bytes("weight_gradient", cut) + epilogue)
+    return replace(cut, persistent=True, programs=max(1, min(2, fits)))
 
 
 def _stages(stage: str, buffers: int) -> int:
@@ -207,7 +222,7 @@ class Compiling:
 
     def start(self, stage: str, cut: Tiles) -> None:
         """Compile this after what was started before; repetitions cost nothing."""
-        key = (stage, _as_compiled(stage, cut))
+        key = (stage, _as_compiled(cut))
         if self.target != INTERPRETER and not cut.library and key not in self._futures:
             self._futures[key] = self._pool.submit(compile_cut, *key, self.shape, self.target)
 
@@ -225,9 +240,13 @@ class Compiling:
         if self.target == INTERPRETER or cut.library:
             return Compiled()
         try:
-            return self._futures[stage, _as_compiled(stage, cut)].result(seconds)
+            found = self._futures[stage, _as_compiled(cut)].result(seconds)
         except (BrokenExecutor, CancelledError) as error:
             return Compiled(problem=f"not compiled: {type(error).__name__}")
+        if found.problem is None and found.programs_per_sm < cut.programs:
+            several = f"{cut.programs} programs per multiprocessor, {found.programs_per_sm} fit"
+            return replace(found, problem=several)
+        return found
 
     def close(self) -> None:
         """Drop what is not finished."""

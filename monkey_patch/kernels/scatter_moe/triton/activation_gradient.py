@@ -75,7 +75,7 @@ def _activation_gradient_kernel(
         for k in range(0, D, BLOCK_K):
             d_out = load_gathered(d_out_ptrs, k, is_row[:, None], D, BLOCK_K)
             if TMA:
-                w = weight.load([expert * D + k, column])
+                w = weight.load([expert, k, column]).reshape(BLOCK_K, BLOCK_N)
             else:
                 is_weight = is_column & (ks + k < D)[:, None]
                 w = tl.load(w_ptrs + k * F, mask=is_weight, other=0.0)
@@ -160,13 +160,13 @@ def activation_gradient_launch(
         row_tiles: map for `tiles.block_m`.
         tiles: the cut.
     """
-    num_experts, depth, width = down_proj_EDF.shape
+    _, depth, width = down_proj_EDF.shape
     tiles = tiles.fit(columns=width, depth=depth)
-    tma = tiles.tma and depth % tiles.block_k == 0 and takes_tma(down_proj_EDF)
+    tma = tiles.tma and takes_tma(down_proj_EDF)
     weight = down_proj_EDF
     if tma:
-        flat = down_proj_EDF.view(num_experts * depth, width)
-        weight = TensorDescriptor.from_tensor(flat, [tiles.block_k, tiles.block_n])
+        # A box of three dimensions ends in zeros where the expert ends, at any depth.
+        weight = TensorDescriptor.from_tensor(down_proj_EDF, [1, tiles.block_k, tiles.block_n])
     num_row_tiles = row_tiles.shape[1]
     return Launch(
         _activation_gradient_kernel,

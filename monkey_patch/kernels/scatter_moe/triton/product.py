@@ -69,7 +69,7 @@ def _product_kernel(
                 if TRANSPOSED:
                     w = weight.load([expert * COLUMNS + column, k]).T
                 else:
-                    w = weight.load([expert * DEPTH + k, column])
+                    w = weight.load([expert, k, column]).reshape(BLOCK_K, BLOCK_N)
             else:
                 is_k = ks + k < DEPTH
                 r = tl.load(row_ptrs + k, mask=is_row & is_k[None, :], other=0.0)
@@ -101,14 +101,15 @@ def product_launch(
     """
     columns, depth = out_NM.shape[1], rows_NK.shape[1]
     tiles = tiles.fit(columns, depth)
-    # Without transposition a tile of the weight's rows may only end where the expert's end.
-    ends_meet = transposed or depth % tiles.block_k == 0
-    tma = tiles.tma and ends_meet and takes_tma(rows_NK, weight)
+    tma = tiles.tma and takes_tma(rows_NK, weight)
     rows_in, weight_in = rows_NK, weight
+    if tma and transposed:
+        flat = weight.view(-1, depth)
+        weight_in = TensorDescriptor.from_tensor(flat, [tiles.block_n, tiles.block_k])
+    elif tma:
+        # A box of three dimensions ends in zeros where the expert ends, at any depth.
+        weight_in = TensorDescriptor.from_tensor(weight, [1, tiles.block_k, tiles.block_n])
     if tma:
-        box = [tiles.block_n, tiles.block_k] if transposed else [tiles.block_k, tiles.block_n]
-        flat = weight.view(-1, weight.shape[2])
-        weight_in = TensorDescriptor.from_tensor(flat, box)
         rows_in = TensorDescriptor.from_tensor(rows_NK, [tiles.block_m, tiles.block_k])
     num_row_tiles = row_tiles.shape[1]
     return Launch(

@@ -73,7 +73,8 @@ def grid_of(tiles: Tiles, num_tiles: int, tensor: torch.Tensor) -> int:
     """Return the number of programs for `num_tiles` tiles."""
     if not (tiles.persistent and tensor.is_cuda):
         return num_tiles
-    return min(num_tiles, torch.cuda.get_device_properties(tensor.device).multi_processor_count)
+    device = torch.cuda.get_device_properties(tensor.device)
+    return min(num_tiles, tiles.programs * device.multi_processor_count)
 
 
 def cut_arguments(tiles: Tiles, dtype: torch.dtype, *, tma: bool) -> dict[str, Any]:

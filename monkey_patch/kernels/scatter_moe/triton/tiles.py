@@ -37,14 +37,15 @@ class Tiles:
         num_warps: warps per program.
         num_stages: steps in flight.
         tma: read contiguous operands through tensor descriptors.
-        persistent: one program per multiprocessor that walks over tiles. On row tiles the loads of
-            the next tile are in flight while it finishes one.
+        persistent: as many programs as there is room for, which walk over tiles; the loads of the
+            next tile are in flight while one is finished.
         warp_specialize: of a persistent program, other warps load, multiply and finish tiles, the
             last while the next is multiplied (datacenter Blackwell; not `weight_gradient`). Where
             descriptors cannot be used, `persistent` alone.
         epilogue_n: columns that `activation_gradient`, and `up` where it is persistent, finish at a
             time; more need more registers.
         library: leave the product to torch's grouped_mm (`down` and `input_gradient` only).
+        programs: per multiprocessor, of a persistent grid.
     """
 
     block_m: int
@@ -57,6 +58,7 @@ class Tiles:
     warp_specialize: bool = False
     epilogue_n: int = 32
     library: bool = False
+    programs: int = 1
 
     def __post_init__(self) -> None:
         """Refuse a field that would do nothing.
