@@ -62,9 +62,7 @@ def _activation_gradient_kernel(
     ):  # fmt: skip
         expert, first_row, end_row = row_tile(tiles_ptr, num_row_tiles, work // COLUMN_TILES)
         column = (work % COLUMN_TILES) * BLOCK_N
-        rows, is_row, slot, token = gathered_rows(
-            slot_of_row_ptr, first_row, end_row, TOP_K, BLOCK_M
-        )
+        _, is_row, _, token = gathered_rows(slot_of_row_ptr, first_row, end_row, TOP_K, BLOCK_M)
         columns = column + tl.arange(0, BLOCK_N)
         is_column = (columns < F)[None, :]
         ks = tl.arange(0, BLOCK_K)
@@ -83,17 +81,45 @@ def _activation_gradient_kernel(
 
         # From the map again: rows kept while the tile is multiplied would spill registers.
         done += tl.num_programs(0)
-        _, first_row, end_row = row_tile(tiles_ptr, num_row_tiles, done // COLUMN_TILES)
-        column = (done % COLUMN_TILES) * BLOCK_N
-        rows, is_row, slot, _ = gathered_rows(slot_of_row_ptr, first_row, end_row, TOP_K, BLOCK_M)
-        factor = tl.load(routing_weights_ptr + slot, mask=is_row, other=0.0).to(tl.float32)
-        start = first_row.to(tl.int64)  # one number, and small offsets from it
-        partial = _some_columns(
-            acc, factor, tl.arange(0, BLOCK_M), is_row, column, hidden_ptr + start * (2 * F),
-            d_hidden_ptr + start * (2 * F), scaled_act_ptr + start * F, F, STORE_ACT, EPILOGUE_N,
+        _finish_tile(
+            acc, done, hidden_ptr, routing_weights_ptr, d_hidden_ptr, scaled_act_ptr, partial_ptr,
+            slot_of_row_ptr, tiles_ptr, num_row_tiles, num_slots,
+            COLUMN_TILES, F, TOP_K, STORE_ACT, EPILOGUE_N,
         )  # fmt: skip
-        place = (done % COLUMN_TILES) * num_slots.to(tl.int64) + rows
-        tl.store(partial_ptr + place, partial, mask=is_row)
+
+
+@triton.jit
+def _finish_tile(
+    acc,
+    work,
+    hidden_ptr,
+    routing_weights_ptr,
+    d_hidden_ptr,
+    scaled_act_ptr,
+    partial_ptr,
+    slot_of_row_ptr,
+    tiles_ptr,
+    num_row_tiles,
+    num_slots,
+    COLUMN_TILES: tl.constexpr,
+    F: tl.constexpr,
+    TOP_K: tl.constexpr,
+    STORE_ACT: tl.constexpr,
+    EPILOGUE_N: tl.constexpr,
+):
+    """Store what follows from `acc`, the product of tile `work`."""
+    _, first_row, end_row = row_tile(tiles_ptr, num_row_tiles, work // COLUMN_TILES)
+    column_tile = work % COLUMN_TILES
+    rows, is_row, slot, _ = gathered_rows(slot_of_row_ptr, first_row, end_row, TOP_K, acc.shape[0])
+    factor = tl.load(routing_weights_ptr + slot, mask=is_row, other=0.0).to(tl.float32)
+    start = first_row.to(tl.int64)  # one number, and small offsets from it
+    partial = _some_columns(
+        acc, factor, tl.arange(0, acc.shape[0]), is_row, column_tile * acc.shape[1],
+        hidden_ptr + start * (2 * F), d_hidden_ptr + start * (2 * F), scaled_act_ptr + start * F,
+        F, STORE_ACT, EPILOGUE_N,
+    )  # fmt: skip
+    place = column_tile * num_slots.to(tl.int64) + rows
+    tl.store(partial_ptr + place, partial, mask=is_row)
 
 
 @triton.jit
