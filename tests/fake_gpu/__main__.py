@@ -12,27 +12,25 @@ from pathlib import Path
 
 from tests.fake_gpu import stand_in
 from tests.fake_gpu.cuda_only import cuda_only_places
+from tests.fake_gpu.marks import watch
 from tests.support.source_tree import ROOT, modules
 
 
 def main(folder: Path, *arguments: str) -> int:
     stand_in.load(folder)
-    import pytest
-
-    from tests.fake_gpu.tracer import Tracer
-
     files = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in modules().values()}
     places = cuda_only_places(files)
-    tracer = Tracer(places, ROOT)
+    executed = watch(places, ROOT)
+    import pytest
+
     code = pytest.main(
         [str(Path(__file__).parent), "-o", "python_files=exercise_*.py", "-p",
-         "tests.fake_gpu.fixtures", "-p", "no:cacheprovider", "--tb=short", *arguments],
-        plugins=[tracer],
+         "tests.fake_gpu.fixtures", "-p", "no:cacheprovider", "--tb=short", *arguments]
     )  # fmt: skip
     found = {
         f"{place}:{place.column + 1}": {
             "source": files[place.file].splitlines()[place.line - 1].strip(),
-            "executed": place in tracer.executed,
+            "executed": place in executed,
         }
         for place in places
     }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qwen3_sft.hardware import find_device
 
@@ -72,7 +72,8 @@ class Card:
             "memory_allocated": lambda device=None: self.allocated,
             "memory_reserved": lambda device=None: self.reserved,
             "max_memory_allocated": lambda device=None: 2 * self.allocated,
-            "device_of": self._device_of,
+            "_exchange_device": self._exchange,
+            "_maybe_exchange_device": self._exchange,
         }  # fmt: skip
 
     @property
@@ -90,10 +91,9 @@ class Card:
     def _wait(self, device: Any = None) -> None:
         self.waits += 1
 
-    @contextmanager
-    def _device_of(self, obj: torch.Tensor) -> Iterator[None]:
-        self._of(obj.device)
-        yield
+    def _exchange(self, index: int) -> int:
+        assert index < self.count, index
+        return 0
 
 
 def insert(card: Card, patch: pytest.MonkeyPatch) -> Card:
@@ -101,4 +101,6 @@ def insert(card: Card, patch: pytest.MonkeyPatch) -> Card:
     for name, function in card.answers().items():
         assert hasattr(torch.cuda, name)
         patch.setattr(torch.cuda, name, function)
+    # FakeTensorMode would put the values of `torch.tensor(..., device="cuda")` on the card.
+    patch.setattr(FakeTensorMode, "avoid_device_init", True)
     return card

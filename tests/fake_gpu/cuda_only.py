@@ -11,6 +11,7 @@ import ast
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 # What any machine may be asked.
 _QUESTIONS = ("is_available", "device_count")
@@ -30,12 +31,6 @@ class Place:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
-
-    def holds(self, line: int, column: int, end_line: int, end_column: int) -> bool:
-        """Whether a stretch lies in this one."""
-        return (self.line, self.column) <= (line, column) and (end_line, end_column) <= (
-            self.end_line, self.end_column,
-        )  # fmt: skip
 
 
 def cuda_only_places(sources: Mapping[str, str]) -> list[Place]:
@@ -66,7 +61,7 @@ def cuda_only_places(sources: Mapping[str, str]) -> list[Place]:
         ]  # fmt: skip
         reached.update(node for _, node in grown)
         changed = {file for file, _ in grown}
-    return sorted({_place(file, node) for file, nodes in found.items() for node in nodes})
+    return sorted({place_of(file, node) for file, nodes in found.items() for node in nodes})
 
 
 def _inside(nodes: Iterable[ast.AST]) -> set[ast.AST]:
@@ -81,13 +76,13 @@ def _names(nodes: Iterable[ast.AST]) -> Iterator[str]:
             yield node.id if isinstance(node, ast.Name) else node.attr
 
 
-def _place(file: str, node: ast.AST) -> Place:
-    first: ast.AST = node
-    last: ast.AST = node
+def place_of(file: str, node: ast.AST) -> Place:
+    """Return where a statement or an expression stands."""
+    ends: list[Any] = [node]
     if isinstance(node, ast.stmt) and getattr(node, "body", None):  # its head alone
-        heads = list(_heads(node))
-        first, last = heads[0], heads[-1]
-    return Place(file, first.lineno, first.col_offset, last.end_lineno, last.end_col_offset)  # type: ignore[attr-defined]
+        ends = list(_heads(node)) or ends
+    first, last = ends[0], ends[-1]
+    return Place(file, first.lineno, first.col_offset, last.end_lineno, last.end_col_offset)
 
 
 class _Finder:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from qwen3_sft import errors, hardware
 from qwen3_sft.commands import plan as plan_command
 from qwen3_sft.commands import resume
 from qwen3_sft.decisions import Machine
 from qwen3_sft.distributed import process_group
+from qwen3_sft.distributed.engine import Engine
 from qwen3_sft.launch import launch, node
 from qwen3_sft.launch.node import Cluster
 from qwen3_sft.options.recipe import parse_options
-from qwen3_sft.training.arguments import check_machine
+from qwen3_sft.training.arguments import check_machine, final_arguments
 from tests.fake_gpu.cards import GIB
 
 LEAST = ["--model_name_or_path", "some/model", "--dataset", "rows.jsonl"]
@@ -102,3 +104,19 @@ def test_a_resume_on_a_gpu_may_differ_in_the_order_of_sums(card, tmp_path, caplo
     far = recorded | {"loss": 1.0 + resume.CUDA_TOLERANCE * 2}
     assert resume._judge(tmp_path, recorded, near) == errors.DONE
     assert resume._judge(tmp_path, recorded, far) == errors.FAILED
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_process_takes_one_card(insert_card, tmp_path, count):
+    insert_card(count=count)
+    options = parse_options([*LEAST, "--output_dir", str(tmp_path)])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        if count > 1:
+            with pytest.raises(errors.UsageError, match="2 GPUs are visible to one process"):
+                final_arguments(options, Engine("single"))
+        else:
+            args = final_arguments(options, Engine("single"))
+            assert (args.device, args.n_gpu) == (torch.device("cuda", 0), 1)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

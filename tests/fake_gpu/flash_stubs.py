@@ -153,8 +153,8 @@ def install(patch: pytest.MonkeyPatch) -> list[torch.library.Library]:
     for version in (_fa3, _fa4):
         patch.setattr(version, "Library", _OnCpu)
         patch.setattr(version, "_get_device_major", lambda _: torch.cuda.get_device_capability()[0])
-    patch.setattr(_fa3, "_fa3_common_support_error", lambda *_: None)
-    patch.setattr(_fa4, "_fa4_common_support_error", lambda *_: None)
+    patch.setattr(_fa3, "_fa3_common_support_error", lambda *_, **__: None)
+    patch.setattr(_fa4, "_fa4_common_support_error", lambda *_, **__: None)
     return [operators]
 
 

@@ -79,20 +79,23 @@ class Allocations(TorchDispatchMode):
         self.alive -= size
 
 
-def _experts(x: Any, gate_up: Any, down: Any, index: Any, weights: Any, *flags: bool) -> Any:
+def _experts(
+    x: Any, gate_up: Any, down: Any, index: Any, weights: Any, recompute: bool, _: bool,
+    fp8: str = "off",
+) -> Any:  # fmt: skip
     out, hidden, routing = expert_forward(
-        x, gate_up, down, index, weights, keep_hidden=not flags[0]
+        x, gate_up, down, index, weights, keep_hidden=not recompute, fp8=fp8
     )
     return out, x.new_empty(0) if hidden is None else hidden, *routing
 
 
 def _experts_backward(
-    d_out: Any, x: Any, gate_up: Any, down: Any, weights: Any, hidden: Any, *rest: Any
-) -> Any:
-    *routing, needs = rest
+    d_out: Any, x: Any, gate_up: Any, down: Any, weights: Any, hidden: Any, offsets: Any, slots: Any,
+    rows: Any, needs: Any, fp8: str = "off",
+) -> Any:  # fmt: skip
     return expert_backward(
-        d_out, x, gate_up, down, weights, hidden if hidden.numel() else None, Routing(*routing),
-        needs=needs,
+        d_out, x, gate_up, down, weights, hidden if hidden.numel() else None,
+        Routing(offsets, slots, rows), needs=needs, fp8=fp8,
     )  # fmt: skip
 
 
@@ -158,7 +161,8 @@ def make_model(
             )
     model.config.use_cache = False
     names = ("varlen_attention", "router_aux_loss", "linear_cross_entropy")
-    monkey_patch.apply_patches(model.train(), (experts, *names, *patches))
+    own = [] if any(getattr(patch, "name", "").startswith("experts_fp8") for patch in patches) else [experts]
+    monkey_patch.apply_patches(model.train(), (*own, *names, *patches))
     enable_checkpointing(model, layers)
     return model
 
