@@ -17,9 +17,9 @@ from tests.support.source_tree import ROOT, modules
 
 
 def main(folder: Path, *arguments: str) -> int:
-    stand_in.load(folder)
     files = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in modules().values()}
-    places = cuda_only_places(files)
+    with stand_in.loaded(folder):
+        places = cuda_only_places(files)
     executed = watch(places, ROOT)
     import pytest
 

@@ -24,7 +24,9 @@ def flash(monkeypatch):
     """All three packages; CPU tensors take the way of CUDA's."""
     monkeypatch.setattr(attention_trial, "varlen_attention", op._flash)
     operators = flash_stubs.install(monkeypatch)
-    installed = {name: replace(kernel, is_installed=lambda: True) for name, kernel in KERNELS.items()}
+    installed = {
+        name: replace(kernel, is_installed=lambda: True) for name, kernel in KERNELS.items()
+    }
     monkeypatch.setattr(attention, "KERNELS", installed)
     yield operators
     for library in operators:

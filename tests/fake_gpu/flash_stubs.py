@@ -37,11 +37,16 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, ends_q: Any, ends_k: Any, longest: int, is_causal: bool
 ) -> None:
     """Refuse what the kernels refuse, and what is not causal attention to whole documents."""
-    assert q.dtype in (torch.bfloat16, torch.float16) and q.dtype == k.dtype == v.dtype
-    assert q.ndim == 3 and k.shape == v.shape and q.shape[1] % k.shape[1] == 0
+    assert q.dtype in (torch.bfloat16, torch.float16)
+    assert q.dtype == k.dtype == v.dtype
+    assert q.ndim == 3
+    assert k.shape == v.shape
+    assert q.shape[1] % k.shape[1] == 0
     assert all(ends.dtype == torch.int32 and ends.is_contiguous() for ends in (ends_q, ends_k))
-    assert torch.equal(ends_q, ends_k) and ends_q[-1] == len(q) == len(k)
-    assert longest >= ends_q.diff().max() and is_causal
+    assert torch.equal(ends_q, ends_k)
+    assert ends_q[-1] == len(q) == len(k)
+    assert longest >= ends_q.diff().max()
+    assert is_causal
 
 
 def _shares(q: Tensor, k: Tensor, ends: Tensor, scale: float | None) -> tuple[Tensor, float]:
@@ -89,8 +94,12 @@ def flash_attn_varlen_func(
     softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False, block_table=None,
 ):  # fmt: skip
-    assert not dropout_p and not softcap and window_size == (-1, -1) and not return_attn_probs
-    assert alibi_slopes is None and block_table is None
+    assert not dropout_p
+    assert not softcap
+    assert window_size == (-1, -1)
+    assert not return_attn_probs
+    assert alibi_slopes is None
+    assert block_table is None
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, causal)
     return _attend(q, k, v, cu_seqlens_q, softmax_scale)
 
@@ -110,9 +119,7 @@ def _fa3_backward(
     scale, is_causal, *rest,
 ):  # fmt: skip
     _check(q, k, v, ends_q, ends_k, longest_q, is_causal)
-    for into, gradient in zip(
-        (dq, dk, dv), _gradients(d_out, q, k, v, ends_q, scale), strict=True
-    ):
+    for into, gradient in zip((dq, dk, dv), _gradients(d_out, q, k, v, ends_q, scale), strict=True):
         into.copy_(gradient)
     return tuple(q.new_empty(0) for _ in range(5))
 

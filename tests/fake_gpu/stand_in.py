@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("stand_in.cpp")
 
 
-def load(folder: Path) -> None:
-    """Compile and load the stand-in where torch has no CUDA; torch must not be imported yet."""
+@contextmanager
+def loaded(folder: Path) -> Iterator[None]:
+    """Compile while the body runs, which imports no torch, and load; torch with CUDA needs none."""
     torch = Path(find_spec("torch").origin).parent
     if (torch / "lib" / "libtorch_cuda.so").exists():
+        yield
         return
     library = folder / "stand_in.so"
-    subprocess.run(
+    compiler = subprocess.Popen(
         ["g++", "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{torch / 'include'}", str(SOURCE),
          "-o", str(library), f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu",
          f"-Wl,-rpath,{torch / 'lib'}"],
-        check=True,
     )  # fmt: skip
+    yield
+    assert compiler.wait() == 0, "g++ failed"
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

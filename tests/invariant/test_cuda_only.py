@@ -1,11 +1,13 @@
 """Every CUDA-only place of the code is executed without a GPU, or named with the reason why not.
 
-`python -m tests.invariant.test_cuda_only` runs the exercises (tests/fake_gpu) and writes the table of
-docs/cuda_only.md.
+`python -m tests.invariant.test_cuda_only` runs the exercises of tests/fake_gpu and writes the table
+of docs/cuda_only.md.
 """
 
 from __future__ import annotations
 
+import ast
+import builtins
 import json
 import subprocess
 import sys
@@ -59,7 +61,9 @@ def document(found: dict[str, Any]) -> str:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the places themselves")
 def test_places_are_executed_and_the_page_says_how_many(tmp_path):
     found = run_exercises(tmp_path)
-    missing = [f"{place} {facts['source']}" for place, facts in found.items() if not facts["executed"]]
+    missing = [
+        f"{place} {facts['source']}" for place, facts in found.items() if not facts["executed"]
+    ]
     assert len(missing) <= (1 - LEAST) * len(found), missing
     unexplained = [line for line in missing if line.split(" ", 1)[1] not in REASONS]
     assert not unexplained, "execute it in tests/fake_gpu, or say in REASONS why that is impossible"
@@ -144,9 +148,6 @@ def test_what_is_cuda_only():
 
 
 def test_a_mark_says_what_was_executed():
-    import ast
-    import builtins
-
     source = "def f(x):\n    return (1 if x.is_cuda else 2) + (0 if not x.is_cuda else 3)\n"
     places = cuda_only_places({"file.py": source})
     marks = {place: number for number, place in enumerate(places)}

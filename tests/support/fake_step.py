@@ -90,8 +90,8 @@ def _experts(
 
 
 def _experts_backward(
-    d_out: Any, x: Any, gate_up: Any, down: Any, weights: Any, hidden: Any, offsets: Any, slots: Any,
-    rows: Any, needs: Any, fp8: str = "off",
+    d_out: Any, x: Any, gate_up: Any, down: Any, weights: Any, hidden: Any, offsets: Any,
+    slots: Any, rows: Any, needs: Any, fp8: str = "off",
 ) -> Any:  # fmt: skip
     return expert_backward(
         d_out, x, gate_up, down, weights, hidden if hidden.numel() else None,
@@ -135,14 +135,14 @@ def as_on_a_gpu() -> Iterator[None]:
 def make_model(
     config: Any,
     dtype: torch.dtype,
-    experts: str,
+    experts: Any,
     layers: dict[Any, int],
     device: str = "cpu",
-    patches: Sequence[Any] = (),
+    others: Sequence[Any] = (),
 ) -> PreTrainedModel:
     """Return a patched model of fake tensors; call it under a FakeTensorMode.
 
-    `patches` come beside those that every run has.
+    `experts` and `others` are patches, beside those that every run has.
     """
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
@@ -161,8 +161,7 @@ def make_model(
             )
     model.config.use_cache = False
     names = ("varlen_attention", "router_aux_loss", "linear_cross_entropy")
-    own = [] if any(getattr(patch, "name", "").startswith("experts_fp8") for patch in patches) else [experts]
-    monkey_patch.apply_patches(model.train(), (*own, *names, *patches))
+    monkey_patch.apply_patches(model.train(), (experts, *names, *others))
     enable_checkpointing(model, layers)
     return model
 
