@@ -10,7 +10,7 @@ one operator, but for log-sum-exp, whose temporary is added.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,20 +79,23 @@ class Allocations(TorchDispatchMode):
         self.alive -= size
 
 
-def _experts(x: Any, gate_up: Any, down: Any, index: Any, weights: Any, *flags: bool) -> Any:
+def _experts(
+    x: Any, gate_up: Any, down: Any, index: Any, weights: Any, recompute: bool, _: bool,
+    fp8: str = "off",
+) -> Any:  # fmt: skip
     out, hidden, routing = expert_forward(
-        x, gate_up, down, index, weights, keep_hidden=not flags[0]
+        x, gate_up, down, index, weights, keep_hidden=not recompute, fp8=fp8
     )
     return out, x.new_empty(0) if hidden is None else hidden, *routing
 
 
 def _experts_backward(
-    d_out: Any, x: Any, gate_up: Any, down: Any, weights: Any, hidden: Any, *rest: Any
-) -> Any:
-    *routing, needs = rest
+    d_out: Any, x: Any, gate_up: Any, down: Any, weights: Any, hidden: Any, offsets: Any,
+    slots: Any, rows: Any, needs: Any, fp8: str = "off",
+) -> Any:  # fmt: skip
     return expert_backward(
-        d_out, x, gate_up, down, weights, hidden if hidden.numel() else None, Routing(*routing),
-        needs=needs,
+        d_out, x, gate_up, down, weights, hidden if hidden.numel() else None,
+        Routing(offsets, slots, rows), needs=needs, fp8=fp8,
     )  # fmt: skip
 
 
@@ -130,36 +133,45 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def make_model(
-    config: Any, dtype: torch.dtype, experts: str, layers: dict[Any, int]
+    config: Any,
+    dtype: torch.dtype,
+    experts: Any,
+    layers: dict[Any, int],
+    device: str = "cpu",
+    others: Sequence[Any] = (),
 ) -> PreTrainedModel:
-    """Return a patched model of fake tensors; call it under a FakeTensorMode."""
+    """Return a patched model of fake tensors; call it under a FakeTensorMode.
+
+    `experts` and `others` are patches, beside those that every run has.
+    """
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
     model = model_on_meta(config)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=dtype)
+                fake = torch.empty(parameter.shape, dtype=dtype, device=device)
                 module._parameters[name] = torch.nn.Parameter(fake)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
         if type(module).__name__ == "Qwen3MoeRMSNorm":
             module.forward = lambda x, norm=module: LigerRMSNormFunction.apply(
                 x, norm.weight, norm.variance_epsilon, 0.0, "llama", True, None
             )
     model.config.use_cache = False
-    names = (experts, "varlen_attention", "router_aux_loss", "linear_cross_entropy")
-    monkey_patch.apply_patches(model.train(), names)
+    names = ("varlen_attention", "router_aux_loss", "linear_cross_entropy")
+    monkey_patch.apply_patches(model.train(), (experts, *names, *others))
     enable_checkpointing(model, layers)
     return model
 
 
 def forward(model: PreTrainedModel, tokens: int) -> torch.Tensor:
     """Return the loss of one packed row, all of it labelled."""
-    ids, flat = torch.zeros(1, tokens, dtype=torch.long), torch.zeros(tokens, dtype=torch.long)
-    ends = torch.zeros(3, dtype=torch.int32)
-    mask, weight = torch.ones(1, tokens, dtype=torch.bool), torch.ones(())
+    with model.device:
+        ids, flat = torch.zeros(1, tokens, dtype=torch.long), torch.zeros(tokens, dtype=torch.long)
+        ends = torch.zeros(3, dtype=torch.int32)
+        mask, weight = torch.ones(1, tokens, dtype=torch.bool), torch.ones(())
     statistics: Any = monkey_patch.router_statistics(model)
     statistics.begin(mask, num_rows=1, weight=weight)
     return model(
