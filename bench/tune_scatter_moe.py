@@ -29,7 +29,7 @@ from parts.ops.case import Case
 from parts.result_file import provenance, write
 from parts.tune.candidates import INTERPRETER, Compiled, Compiling, candidates
 from parts.tune.measure import PRODUCTS, Timing, Workload
-from parts.tune.table import Row, cut_row, fastest, row_of, table_text, tflops, updated
+from parts.tune.table import Row, cut_row, fastest, row_of, sizes, table_text, tflops, updated
 from parts.tune.text import candidate_lines, timing_lines
 
 from monkey_patch.kernels.aot import TARGETS
@@ -42,7 +42,6 @@ from monkey_patch.kernels.scatter_moe.triton.tiles import (
     read_table,
 )
 
-TOKENS = (32768, 4096, 1024)
 ROUTINGS = ("uniform", "zipf")
 PERSISTENT = 2  # so many of the fastest are tried again on a grid of what fits at once
 MARGIN_SECONDS = 3.0  # kept back for writing
@@ -73,7 +72,8 @@ class Tuner:
         self.stopped: str | None = None
         tiles = read_table(json.loads(TABLE.read_text(encoding="utf-8")))
         rows = tiles.get(options.architecture, tiles["default"])
-        shipped = {stage: [cut for _, cut in rows[stage]] for stage in options.stages}
+        self.tokens = options.tokens or list(map(self._tokens, sizes(rows.values())))
+        shipped = {s: list(dict.fromkeys(cut for _, cut in rows[s])) for s in options.stages}
         self.cuts = {
             stage: candidates(stage, options.architecture, cuts, options.candidates)
             for stage, cuts in shipped.items()
@@ -92,7 +92,7 @@ class Tuner:
                     for cut in cuts:
                         self._compile(stage, cut)
             else:
-                for tokens in sorted(self.options.tokens, reverse=True):
+                for tokens in sorted(self.tokens, reverse=True):
                     self._tune(tokens)
         except StoppedError as stop:
             self.stopped = str(stop)
@@ -199,10 +199,9 @@ class Tuner:
 
     def write_table(self) -> None:
         """Write tiles.json with the fastest cuts to `--write`."""
-        sizes = [rows_per_expert(self._case(tokens)) for tokens in TOKENS]
         origin = "timed on {device}, {date}, commit {commit}".format_map(self.facts)
         table = json.loads(TABLE.read_text(encoding="utf-8"))
-        table = updated(table, self.options.architecture, self.measured(), sizes, origin)
+        table = updated(table, self.options.architecture, self.measured(), origin)
         write(self.options.write, table_text(table))
 
     def _case(self, tokens: int, routing: str = ROUTINGS[0]) -> Case:
@@ -210,6 +209,11 @@ class Tuner:
             sizes = {"hidden": 64, "intermediate": 32, "experts": 4, "top_k": 2}
             return Case(tokens, routing, device="cpu", dtype="float32", **sizes)
         return Case(tokens, routing)
+
+    def _tokens(self, rows: int) -> int:
+        """Return the tokens that give so many rows per expert."""
+        case = self._case(0)
+        return rows * case.experts // case.top_k
 
     def _tflops(self, timing: Timing) -> float | None:
         product_flops = self._case(timing.tokens).product_flops
@@ -232,7 +236,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the checked command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", help=f"{', '.join(TARGETS)}; default: this GPU's")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", help="default: one number per bucket of the shipped table"
+    )
     stages = list(PRODUCTS)
     parser.add_argument("--stages", nargs="+", choices=stages, default=stages, metavar="STAGE")
     parser.add_argument("--candidates", type=int, default=32, help="most cuts to compile per stage")

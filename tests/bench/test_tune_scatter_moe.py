@@ -64,7 +64,7 @@ def tune(bench, monkeypatch, tmp_path):
 
 def shipped(stage, architecture):
     table = shipped_table()
-    return [cut for _, cut in table.get(architecture, table["default"])[stage]]
+    return list(dict.fromkeys(cut for _, cut in table.get(architecture, table["default"])[stage]))
 
 
 def timing(bench, stage="up", tokens=4096, cut=CUT, problem=None, **ms):
@@ -175,18 +175,47 @@ def test_rows_of_the_table(bench):
     new = {rows: {"block_m": rows, "ms": 1.0, "tflops": 2.0} for rows in (64, 2048)}
     old = [
         {"max_rows": 96, "block_m": 1, "ms": 3.0, "tflops": 4.0},
-        {"max_rows": None, "block_m": 2},
+        {"max_rows": 384, "block_m": 2, "ms": 3.0, "tflops": 4.0},
+        {"max_rows": None, "block_m": 3},
     ]
-    kept = [{"max_rows": 96, "block_m": 1}, {"max_rows": None, "block_m": 2}]
-    assert table.merge({}, old, [64, 256, 2048]) == kept, "a time is of the run that origin names"
-    found = table.merge(new, old, [256, 64])
-    assert [row["max_rows"] for row in found] == [128, 724, None]
-    assert [row["block_m"] for row in found] == [64, 2, 2048]
+    kept = [{"max_rows": limit, "block_m": m} for limit, m in ((96, 1), (384, 2), (None, 3))]
+    assert table.merge({}, old) == kept, "a time is of the run that origin names"
+    found = table.merge(new, old)
+    assert [(row["max_rows"], row["block_m"]) for row in found] == [
+        (96, 64),
+        (384, 2),
+        (None, 2048),
+    ]
     assert ["ms" in row for row in found] == [True, False, True]
+    found = table.merge(new | {96: new[64], 97: new[64], 512: new[64]}, old)
+    assert [row["max_rows"] for row in found] == [78, 96, 384, 1024, None]
+    assert [row["block_m"] for row in found] == [64, 64, 64, 64, 2048]
     one = table.row_of(timing(bench, uniform=1.0, zipf=3.0), product_flops=10**9)
     assert (one["ms"], one["tflops"]) == (2.0, 1.0)
     assert Tiles(**{k: v for k, v in one.items() if k not in ("ms", "tflops")}) == CUT
     assert "library" not in one
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100", "sm_120"])
+def test_one_size_is_measured_in_each_bucket(bench, architecture):
+    table = shipped_table()
+    stages = table.get(architecture, table["default"])
+    found = bench("parts.tune.table").sizes(stages.values())
+    assert found == [64, 256, 2048]
+    for rows in stages.values():
+        limits = [math.inf if limit is None else limit for limit, _ in rows]
+        assert [next(i for i, end in enumerate(limits) if n <= end) for n in found] == [0, 1, 2]
+    options = ["--dry_run", "--architecture", architecture, "--workers", "1", "--candidates", "0"]
+    tune = bench("tune_scatter_moe")
+    tuner = tune.Tuner(tune.parse([*options, "--stages", "up"]), {})
+    tuner.compiling.close()
+    assert tuner.tokens == [1024, 4096, 32768]
+
+
+def test_buckets_without_a_border_have_one_size(bench):
+    sizes = bench("parts.tune.table").sizes
+    assert sizes([[(None, CUT)]]) == [2048]
+    assert sizes([[(None, CUT)], [(3000, CUT), (None, CUT)]]) == [2000, 12000]
 
 
 def test_other_architectures_stay_as_they_are(bench):
@@ -198,7 +227,7 @@ def test_other_architectures_stay_as_they_are(bench):
     for architecture in ("sm_90", "sm_103"):
         everything = {stage: {64: row, 256: row, 2048: row} for stage in STAGES}
         for measured in ({"up": {256: row}}, everything):
-            after = table.updated(before, architecture, measured, [64, 256, 2048], "timed on X")
+            after = table.updated(before, architecture, measured, "timed on X")
             again = json.loads(table.table_text(after))
             assert again == after
             cuts, old = read_table(again), read_table(before)
@@ -206,8 +235,8 @@ def test_other_architectures_stay_as_they_are(bench):
                 assert again["tiles"][key] == before["tiles"][key]
                 assert again["origin"][key] == before["origin"][key]
             source = old.get(architecture, old["default"])
-            assert cuts[architecture]["up"][1] == (724, CUT)
-            assert [limit for limit, _ in cuts[architecture]["up"]] == [128, 724, None]
+            assert cuts[architecture]["up"][1] == (384, CUT)
+            assert [limit for limit, _ in cuts[architecture]["up"]] == [96, 384, None]
             if measured is everything:
                 assert again["origin"][architecture] == "timed on X"
             else:

@@ -16,6 +16,7 @@ from monkey_patch.kernels.scatter_moe.triton.tiles import Tiles
 Row = dict[str, Any]
 
 _TIMES = ("ms", "tflops")
+_LARGE_BATCH = 2048  # rows per expert: 32,768 tokens, 8 of 128 experts each
 
 
 def fastest(timings: Iterable[Timing]) -> Timing | None:
@@ -45,35 +46,51 @@ def cut_row(cut: Tiles) -> Row:
     return {name: value for name, value, default in named if value != default}
 
 
-def merge(measured: Mapping[int, Row], shipped: Sequence[Row], sizes: Iterable[int]) -> list[Row]:
-    """Return the rows of one stage, one for each number of rows per expert.
+def sizes(rows: Iterable[Sequence[tuple[int | None, Tiles]]]) -> list[int]:
+    """Return the rows per expert to measure, one number for each bucket of an architecture.
 
-    A size that was not measured keeps the shipped cut that served it, without the time of another
-    day. Between two sizes the border is their geometric mean.
+    They are two thirds up each bucket, and for the last, which has no end, what 32,768 tokens of
+    Qwen3-30B-A3B come to, or more where the bucket begins so late.
+
+    Args:
+        rows: of each stage, as `read_table` returns them.
+    """
+    limits = sorted({limit for stage in rows for limit, _ in stage if limit is not None})
+    last = max(_LARGE_BATCH, 4 * limits[-1]) if limits else _LARGE_BATCH
+    return [*(limit * 2 // 3 for limit in limits), last]
+
+
+def merge(measured: Mapping[int, Row], shipped: Sequence[Row]) -> list[Row]:
+    """Return the rows of one stage with those measured in the place of the shipped ones.
+
+    A bucket in which nothing was measured keeps its cut, without the time of another day. Several
+    sizes measured in one bucket share it; the border is their geometric mean.
 
     Args:
         measured: row by rows per expert.
         shipped: rows with `max_rows`, ascending.
-        sizes: rows per expert that the table is made for, besides the measured ones.
     """
-    shipped = [{k: v for k, v in row.items() if k not in _TIMES} for row in shipped]
-    if not measured:
-        return shipped
-    every = sorted({*sizes, *measured})
-    borders = [round(math.sqrt(small * large)) for small, large in pairwise(every)]
-    rows = (measured.get(size) or _serving(shipped, size) for size in every)
-    return [{**row, "max_rows": border} for row, border in zip(rows, [*borders, None], strict=True)]
+    found: list[Row] = []
+    begin = -1
+    for row in shipped:
+        end = math.inf if row["max_rows"] is None else row["max_rows"]
+        inside = sorted(size for size in measured if begin < size <= end)
+        borders = [round(math.sqrt(small * large)) for small, large in pairwise(inside)]
+        cuts = [measured[size] for size in inside] or [_without_times(row)]
+        limits = [*borders, row["max_rows"]]
+        found += [{**cut, "max_rows": limit} for cut, limit in zip(cuts, limits, strict=True)]
+        begin = end
+    return found
 
 
-def _serving(rows: Sequence[Row], size: int) -> Row:
-    return next(row for row in rows if row["max_rows"] is None or size <= row["max_rows"])
+def _without_times(row: Row) -> Row:
+    return {k: v for k, v in row.items() if k not in _TIMES}
 
 
 def updated(
     table: Mapping[str, Any],
     architecture: str,
     measured: Mapping[str, Mapping[int, Row]],
-    sizes: Iterable[int],
     origin: str,
 ) -> dict[str, Any]:
     """Return the content of tiles.json with new rows for one architecture.
@@ -82,15 +99,11 @@ def updated(
         table: the content to start from; other architectures stay as they are.
         architecture: whose rows are made; a new one starts from "default".
         measured: stage -> rows per expert -> row; stages may be missing.
-        sizes: as for `merge`.
         origin: where the times come from.
     """
     tiles, origins = table["tiles"], table["origin"]
     source = architecture if architecture in tiles else "default"
-    sizes = list(sizes)
-    stages = {
-        stage: merge(measured.get(stage, {}), rows, sizes) for stage, rows in tiles[source].items()
-    }
+    stages = {stage: merge(measured.get(stage, {}), rows) for stage, rows in tiles[source].items()}
     if not all(_TIMES[0] in row for rows in stages.values() for row in rows):
         origin = f"rows with ms: {origin}; the others: {origins[source]}"
     return {"origin": origins | {architecture: origin}, "tiles": tiles | {architecture: stages}}
