@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,9 +157,21 @@ def _array_rows(window: _Window) -> Iterator[Row]:
         window.fail("text after the end of the array")
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object; Python keeps the last value of a key, without a word about the others."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"two values for the key {twice!r}; keep one")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
 def _decode_line(line: bytes, location: str) -> Any:
     try:
-        return json.loads(line.decode())
+        return _DECODER.decode(line.decode())
     except UnicodeDecodeError as error:
         raise _not_utf8(f"{location}:{error.start + 1}", error) from error
     except json.JSONDecodeError as error:
@@ -189,7 +202,7 @@ class _Window:
         self.path = path
         self._file = file
         self._to_text = codecs.getincrementaldecoder("utf-8-sig")()
-        self._decoder = json.JSONDecoder()
+        self._decoder = _DECODER
         self._text = ""
         self._position = 0  # of the next character, in _text
         self._marked = 0  # a position whose line and column are known

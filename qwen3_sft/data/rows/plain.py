@@ -18,6 +18,11 @@ from qwen3_sft.data.turns import Turns, parse_turns
 
 # Rendered chats: tokenising them as plain text would hide the turns from the masks.
 _RENDERED = re.compile(r"<\|im_(?:start|end)\|>")
+# Of code and of images: who writes them into plain text means the tokens.
+_MEANT = re.compile(
+    r"<\|(?:fim_(?:prefix|middle|suffix|pad)|repo_name|file_sep"
+    r"|(?:vision|image|video)_(?:start|end|pad))\|>"
+)
 _END_TEXT = "<|endoftext|>"
 _FLAGS = ("weight", "sample_weight", "loss_weight", "train")
 _NEED_CHAT = ("system", "system_prompt", "system_message", "tools", "functions", "history",
@@ -107,6 +112,11 @@ def _plain_text(value: Any, column: str, source: Source) -> str:
         source.fail(
             f"column {column!r} contains {rendered[0]}: it is already rendered as a chat; "
             "use `messages`, so that turns and masks are known"
+        )
+    if meant := _MEANT.search(value):
+        source.fail(
+            f"column {column!r} contains {meant[0]}, which would be learned as the letters that "
+            "spell it: give such texts as input_ids and labels, or remove it"
         )
     if _END_TEXT in value:
         source.fail(
