@@ -40,9 +40,17 @@ def cases_of(target: str) -> Iterator[tuple[dict[str, Any], Launch]]:
     """Yield every launch to compile for a target, with its stage, its cut and its precision."""
     table = shipped_table()
     rows = table.get(target, table["default"])
-    for index in range(max(map(len, rows.values()))):
-        cuts = {stage: several[min(index, len(several) - 1)][1] for stage, several in rows.items()}
+    for index, cuts in enumerate(different_cuts(rows)):
         yield from launches_of(cuts, everything=target == "sm_90" and index == 0)
+
+
+def different_cuts(rows: dict[str, list[tuple[int | None, Tiles]]]) -> list[dict[str, Tiles]]:
+    """Return the cuts of each bucket by stage, once where two buckets have the same."""
+    buckets = [
+        {stage: several[min(index, len(several) - 1)][1] for stage, several in rows.items()}
+        for index in range(max(map(len, rows.values())))
+    ]
+    return [cuts for index, cuts in enumerate(buckets) if cuts not in buckets[:index]]
 
 
 def variants() -> Iterator[tuple[dict[str, Any], Launch]]:

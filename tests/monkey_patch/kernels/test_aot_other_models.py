@@ -21,6 +21,7 @@ from monkey_patch.kernels.launch import Launch
 from monkey_patch.kernels.scatter_moe.routing import Routing
 from monkey_patch.kernels.scatter_moe.triton import catalogue, routing
 from monkey_patch.kernels.scatter_moe.triton.tiles import STAGES, shipped_table
+from tests.monkey_patch.kernels.test_aot_experts import different_cuts
 from tests.support.compiler import run_compiling
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]
@@ -39,8 +40,7 @@ def every_case() -> Iterator[tuple[str, Launch]]:
     """Yield all shipped cuts at all sizes; weights' gradients in both precisions."""
     table = shipped_table()
     for target in ("sm_90", "sm_100"):
-        for index in range(max(map(len, table[target].values()))):
-            cuts = {s: rows[min(index, len(rows) - 1)][1] for s, rows in table[target].items()}
+        for cuts in different_cuts(table[target]):
             for shape in SHAPES:
                 exact = catalogue.launches(shape, cuts.__getitem__, weight_dtype=torch.float32)
                 by_stage = catalogue.launches(shape, cuts.__getitem__)
