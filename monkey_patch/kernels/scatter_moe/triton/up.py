@@ -59,7 +59,6 @@ def _up_kernel(
         is_row = is_row[:, None]
         columns, ks = column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + token[:, None] * D + ks[None, :]
-        is_column = columns < F
         if TMA:
             # Gate and up rows as one operand of twice the width: half the instructions, and x
             # is read once from shared memory. A thread holds columns of both halves.
@@ -70,26 +69,47 @@ def _up_kernel(
                 both = tl.dot(x, w.T, both, input_precision=PRECISION)
             gate, up = halves(both)
         else:
-            gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            gate_rows = (expert.to(tl.int64) * (2 * F) + columns) * D
-            w_ptrs = weight + gate_rows[None, :] + ks[:, None]
-            for k in range(0, D, BLOCK_K):
-                x = load_gathered(x_ptrs, k, is_row, D, BLOCK_K)
-                is_weight = is_column[None, :] & (ks + k < D)[:, None]
-                gate_w = tl.load(w_ptrs + k, mask=is_weight, other=0.0)
-                up_w = tl.load(w_ptrs + k + F * D, mask=is_weight, other=0.0)
-                gate = tl.dot(x, gate_w, gate, input_precision=PRECISION)
-                up = tl.dot(x, up_w, up, input_precision=PRECISION)
+            gate, up = _two_products(
+                x_ptrs, is_row, weight, expert, columns, D, F, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+            )
         # From the map again: rows kept while the tile is multiplied would take registers.
         done += tl.num_programs(0)
         _, first_row, end_row = row_tile(tiles_ptr, num_row_tiles, done // COLUMN_TILES)
         rows = (first_row + tl.arange(0, BLOCK_M))[:, None]
-        column = (done % COLUMN_TILES) * BLOCK_N
         _some_columns(
-            gate, up, rows, end_row, column, hidden_ptr, act_ptr,
+            gate, up, rows, end_row, (done % COLUMN_TILES) * BLOCK_N, hidden_ptr, act_ptr,
             F, STORE_HIDDEN, STORE_ACT, EPILOGUE_N,
         )  # fmt: skip
+
+
+@triton.jit
+def _two_products(
+    x_ptrs,
+    is_row,
+    weight_ptr,
+    expert,
+    columns,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Return the products with gate and up, whose rows are read through pointers."""
+    is_column, ks = columns < F, tl.arange(0, BLOCK_K)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    gate_rows = (expert.to(tl.int64) * (2 * F) + columns) * D
+    w_ptrs = weight_ptr + gate_rows[None, :] + ks[:, None]
+    for k in range(0, D, BLOCK_K):
+        x = load_gathered(x_ptrs, k, is_row, D, BLOCK_K)
+        is_weight = is_column[None, :] & (ks + k < D)[:, None]
+        gate_w = tl.load(w_ptrs + k, mask=is_weight, other=0.0)
+        up_w = tl.load(w_ptrs + k + F * D, mask=is_weight, other=0.0)
+        gate = tl.dot(x, gate_w, gate, input_precision=PRECISION)
+        up = tl.dot(x, up_w, up, input_precision=PRECISION)
+    return gate, up
 
 
 @triton.jit
