@@ -5,7 +5,9 @@ The order follows published figures: FlashAttention 4 reaches 1,613 TFLOP/s on B
 (abstract of arXiv:2407.08608). torch's own variable-length kernels are FlashAttention 2's, so that
 this package adds nothing to them, but for one thing: in torch before 2.13 they take no grouped keys
 and values, which are then repeated. torch has no faster kernel of its own for packed documents: its
-cuDNN path (`torch.nn.attention.varlen._should_use_cudnn`) is switched off up to 2.13.
+cuDNN path (`torch.nn.attention.varlen._should_use_cudnn`) is switched off up to 2.13. Below the
+function of torch 2.11, FlashAttention 4 has no backward pass ("windowed attention not supported"):
+its trial fails there, and the next one runs.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from monkey_patch.experts_fp8 import experts_fp8
 from monkey_patch.kernels.scatter_moe.triton import warm_up
 from monkey_patch.linear_fp8 import linear_fp8
 from qwen3_sft.demo.model import tiny_config
+from qwen3_sft.optimizers import in_backward
 from qwen3_sft.optimizers.in_backward import BackwardOptimizer
 from tests.support.fake_step import Allocations, forward, make_model
 
@@ -164,7 +165,8 @@ def test_an_update_in_the_backward_pass_reads_nothing(card, kernels, uncompiled,
     with FakeTensorMode():
         model = model_of(BF16, layers=1)
         optimizer = OPTIMIZERS[name](model.parameters())
-        fused = BackwardOptimizer(model, optimizer, clip="per_tensor", max_grad_norm=1.0)
+        fused = BackwardOptimizer(model, optimizer, clip="delayed", max_grad_norm=1.0)
+        optimizer.param_groups[0][in_backward._PREVIOUS] = 1.0  # as from the second step on
         gradients(model, BF16)
         states = [
             value for state in optimizer.state.values() for key, value in state.items()

@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.fake_gpu.cuda_only import Place, place_of
 
-_MARK = "_cuda_only_place_"
+MARK = "_cuda_only_place_"
 
 
 def watch(places: Iterable[Place], root: Path) -> set[Place]:
@@ -28,7 +28,7 @@ def watch(places: Iterable[Place], root: Path) -> set[Place]:
     by_file: dict[str, dict[Place, int]] = defaultdict(dict)
     for number, place in enumerate(numbered):
         by_file[str(root / place.file)][place] = number
-    setattr(builtins, _MARK, lambda number: executed.add(numbered[number]))
+    setattr(builtins, MARK, lambda number: executed.add(numbered[number]))
     read = SourceFileLoader.get_code
 
     def get_code(loader: SourceFileLoader, name: str) -> Any:
@@ -54,7 +54,7 @@ class _Marks(ast.NodeTransformer):
         done: Any = self.generic_visit(node)
         if number is None:
             return done
-        call = ast.Call(ast.Name(_MARK, ast.Load()), [ast.Constant(number)], [])
+        call = ast.Call(ast.Name(MARK, ast.Load()), [ast.Constant(number)], [])
         if isinstance(node, ast.stmt):
             return [ast.copy_location(ast.Expr(call), node), done]
         both = ast.Tuple([call, done], ast.Load())

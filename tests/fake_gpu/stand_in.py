@@ -1,7 +1,7 @@
 """A CUDA device that is not there, for FakeTensors on it to pass through autograd's engine.
 
-A torch built with CUDA does without; one built for CPUs is told before it is imported, so that this
-holds for a process of its own (`python -m tests.fake_gpu`).
+torch has to be one built for CPUs, and is told before it is imported, so that this holds for a
+process of its own (`python -m tests.fake_gpu`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,8 @@ SOURCE = Path(__file__).with_name("stand_in.cpp")
 
 @contextmanager
 def loaded(folder: Path) -> Iterator[None]:
-    """Compile while the body runs, which imports no torch, and load; torch with CUDA needs none."""
+    """Compile while the body runs, which imports no torch, then load."""
     torch = Path(find_spec("torch").origin).parent
-    if (torch / "lib" / "libtorch_cuda.so").exists():
-        yield
-        return
     library = folder / "stand_in.so"
     compiler = subprocess.Popen(
         ["g++", "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{torch / 'include'}", str(SOURCE),
