@@ -52,6 +52,7 @@ from qwen3_sft.data.files import (
     folders,
     line_ranges,
     splits,
+    strict_json,
     table_rows,
     txt_rows,
 )
@@ -70,7 +71,9 @@ from qwen3_sft.data.rows import (
     reasoning,
     refused,
     source,
+    split_column,
     token_rows,
+    turn_lists,
     values,
     written_calls,
 )
@@ -84,8 +87,9 @@ TOKENISERS = (
     conversations, counts, csv_rows, dataset_card, datasets_rows, defects, encoding, fast_bpe,
     features, fields, file_kinds, folders, formats, json_rows, line_ranges, loss_flags, nulls,
     pieces, plain, questions, raw_rows, readers, reasoning, refused, render, samples, source,
-    splits, table_rows, tally, templates, text, token_rows, token_store, tokenize_rows,
-    tokenized_rows, turn_ends, turns, txt_rows, values, workers, written, written_calls,
+    split_column, splits, strict_json, table_rows, tally, templates, text, token_rows, token_store,
+    tokenize_rows, tokenized_rows, turn_ends, turn_lists, turns, txt_rows, values, workers, written,
+    written_calls,
 )  # fmt: skip
 _SETTLED_S = 2.0  # a file changed more recently may change again within the clock's resolution
 

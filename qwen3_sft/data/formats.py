@@ -19,6 +19,7 @@ from qwen3_sft.data.rows.plain import parse_prompt_completion, parse_text
 from qwen3_sft.data.rows.questions import ALPACA, PAIRS, parse_alpaca, parse_pair
 from qwen3_sft.data.rows.refused import not_supervised
 from qwen3_sft.data.rows.source import Reading, Source
+from qwen3_sft.data.rows.split_column import check_split
 from qwen3_sft.data.rows.token_rows import parse_tokens
 from qwen3_sft.data.turns import parse_turns
 from qwen3_sft.errors import DataError
@@ -37,11 +38,11 @@ _REQUIRED: dict[Format, tuple[frozenset[str], ...]] = {
     "tokens": (frozenset({"input_ids"}),),
     "question_answer": tuple(map(frozenset, PAIRS)),
 }
+_DATA_COLUMNS = frozenset(
+    {"input"}.union(*(kind for kinds in _REQUIRED.values() for kind in kinds))
+)
 # Names so common that another format's columns may hold them too, as copies or references.
 _WEAK: tuple[Format, ...] = ("question_answer",)
-DATA_COLUMNS = frozenset(
-    column for kinds in _REQUIRED.values() for kind in kinds for column in kind
-)
 _ACCEPTED = (
     "messages | conversations (ShareGPT), both with optional tools, system | "
     "instruction + output (Alpaca), with optional input, system, history | "
@@ -139,9 +140,13 @@ def parse_row(
     """
     source = Source(location, warnings, reading)
     given, row = row, source.kept(row)
+    if any(type(value) is str and not value for value in row.values()):
+        # A blank cell of a table says nothing, unless it is the data.
+        row = {n: v for n, v in row.items() if n in _DATA_COLUMNS or type(v) is not str or v}
+    check_split(row, source)
     if reading.is_chosen:  # columns of other formats are none of its data
-        own = _own_columns(fmt, frozenset(row))
-        row = {name: v for name, v in row.items() if name in own or name not in DATA_COLUMNS}
+        others = _others_columns(fmt, frozenset(row))
+        row = {name: v for name, v in row.items() if name not in others}
     if fmt in ("messages", "sharegpt"):
         return _parse_conversation(given, row, source)
     if fmt == "alpaca":
@@ -155,10 +160,14 @@ def parse_row(
     return parse_tokens(row, source, vocab_size)
 
 
-def _own_columns(fmt: Format, names: frozenset[str]) -> frozenset[str]:
-    optional = {"input"} if fmt == "alpaca" else set()
-    kinds = [kind for kind in _REQUIRED[fmt] if kind <= names] or [_REQUIRED[fmt][0]]
-    return kinds[0] | optional
+def _others_columns(fmt: Format, names: frozenset[str]) -> frozenset[str]:
+    """Return the columns of the whole formats that were not chosen and are not its own."""
+    found = {
+        name: frozenset[str]().union(*(kind for kind in kinds if kind <= names))
+        for name, kinds in _REQUIRED.items()
+    }
+    own = found.pop(fmt) | ({"input"} if fmt == "alpaca" else set())
+    return frozenset[str]().union(*found.values()) - own
 
 
 def _parse_conversation(

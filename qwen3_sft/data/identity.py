@@ -50,6 +50,7 @@ def parts_of(
     return {
         "sources": _describe(sources, hashes),
         "entries": _limits(sources),
+        "splits": [source.split for source in sources],
         "max_rows": args.max_rows,
         "rows": {name: getattr(args, name) for name in _ROW_OPTIONS},
         "is_template_checked": args.chat_format == "auto",

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from qwen3_sft.data.files.compressed import open_bytes
+from qwen3_sft.data.files.strict_json import check_value
+from qwen3_sft.data.rows.fields import meaning
 from qwen3_sft.data.tally import Tally
 from qwen3_sft.errors import DataError
 
@@ -35,6 +36,10 @@ class BadRow:
     error: DataError
 
 
+_OF_FILES = (
+    "name", "title", "description", "homepage", "citation", "count", "total", "size", "num_rows",
+    "num_rows_total", "num_rows_per_page", "total_count", "schema", "status",
+)  # fmt: skip
 _WRAPPERS = ("data", "rows", "train", "examples", "instances", "records", "items")
 
 
@@ -50,7 +55,7 @@ def jsonl_rows(path: Path, tally: Tally, *, drop_bad: bool = False) -> Iterator[
         DataError: on invalid UTF-8, a syntax error, or a line that is not an object.
     """
     if not is_one_per_line(path):
-        yield from json_rows(path)
+        yield from json_rows(path, drop_bad=drop_bad)
         return
     with open_bytes(path) as file:
         yield from line_rows(path, file, 1, tally, drop_bad=drop_bad)
@@ -111,8 +116,12 @@ def is_one_per_line(path: Path) -> bool:
     return True
 
 
-def json_rows(path: Path) -> Iterator[Row]:
+def json_rows(path: Path, *, drop_bad: bool = False) -> Iterator[Row]:
     """Yield ("file:line", object) for each object; the line is the one the object starts on.
+
+    Args:
+        path: of the file, which may be compressed.
+        drop_bad: yield a `BadRow` for a value that is no row; after a syntax error no row is found.
 
     Raises:
         DataError: on invalid UTF-8, a syntax error, or an element that is not an object.
@@ -120,34 +129,52 @@ def json_rows(path: Path) -> Iterator[Row]:
     with open_bytes(path) as file:
         window = _Window(path, file)
         if window.peek() == "[":
-            yield from _array_rows(window)
+            yield from _array_rows(window, drop_bad=drop_bad)
         else:
             while window.peek():
-                location = window.location()
-                yield from _wrapped_rows(_as_object(window.decode(), location), location)
+                location, value = _row_at(window, drop_bad=drop_bad)
+                is_row = isinstance(value, dict)
+                yield from _wrapped_rows(value, location) if is_row else [(location, value)]
 
 
 def _wrapped_rows(value: dict[str, Any], location: str) -> Iterator[Row]:
-    """Yield the rows of an object that holds nothing but a list of them, else the object."""
+    """Yield the rows of an object that holds nothing but a list of them, else the object.
+
+    What stands beside the list is said of every row, unless it is a fact of the file.
+    """
     lists = [name for name in _WRAPPERS if _is_list_of_objects(value.get(name))]
     others = [item for name, item in value.items() if name not in lists]
     if len(lists) != 1 or any(isinstance(item, list | dict) for item in others):
         yield location, value
         return
+    shared = {
+        name: item for name, item in value.items()
+        if name not in (*lists, *_OF_FILES) and (name == "split" or meaning(name, "") != "")
+    }  # fmt: skip
     for index, row in enumerate(value[lists[0]]):
-        yield f"{location} {lists[0]}[{index}]", row
+        yield f"{location} {lists[0]}[{index}]", {**shared, **row}
 
 
 def _is_list_of_objects(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
-def _array_rows(window: _Window) -> Iterator[Row]:
+def _row_at(window: _Window, *, drop_bad: bool) -> Row:
+    location = window.location()
+    value = window.decode()
+    try:
+        return location, window.checked(_as_object(value, location), location)
+    except DataError as error:
+        if not drop_bad:
+            raise
+        return location, BadRow(error)
+
+
+def _array_rows(window: _Window, *, drop_bad: bool) -> Iterator[Row]:
     window.skip("[")
     if window.peek() != "]":
         while True:
-            location = window.location()
-            yield location, _as_object(window.decode(), location)
+            yield _row_at(window, drop_bad=drop_bad)
             if window.peek() != ",":
                 break
             window.skip(",")
@@ -157,27 +184,19 @@ def _array_rows(window: _Window) -> Iterator[Row]:
         window.fail("text after the end of the array")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object; Python keeps the last value of a key, without a word about the others."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"two values for the key {twice!r}; keep one")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
-
-
 def _decode_line(line: bytes, location: str) -> Any:
     try:
-        return _DECODER.decode(line.decode())
+        text = line.decode()
+        value = json.loads(text)
+        if isinstance(value, dict):
+            check_value(value, text)
+        return value
     except UnicodeDecodeError as error:
         raise _not_utf8(f"{location}:{error.start + 1}", error) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{location}:{error.colno}: broken JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{location}: JSON that Python cannot read: {error}") from error
+        raise DataError(f"{location}: cannot read this JSON: {error}") from error
 
 
 def _as_object(value: Any, location: str) -> dict[str, Any]:
@@ -202,9 +221,10 @@ class _Window:
         self.path = path
         self._file = file
         self._to_text = codecs.getincrementaldecoder("utf-8-sig")()
-        self._decoder = _DECODER
+        self._decoder = json.JSONDecoder()
         self._text = ""
         self._position = 0  # of the next character, in _text
+        self._start = 0  # of the value that was decoded last
         self._marked = 0  # a position whose line and column are known
         self._line = self._column = 1
         self._at_end = False
@@ -246,17 +266,24 @@ class _Window:
         """Decode the value that starts at the next character."""
         while True:
             try:
-                value, self._position = self._decoder.raw_decode(self._text, self._position)
+                self._start = self._position
+                value, self._position = self._decoder.raw_decode(self._text, self._start)
             except json.JSONDecodeError as error:
                 if self._at_end or not self._may_be_cut(error):
                     self.fail(error.msg, error.pos)
                 self._grow()
             except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{self.location()}: JSON that Python cannot read: {error}"
-                ) from error
+                raise DataError(f"{self.location()}: cannot read this JSON: {error}") from error
             else:
                 return value
+
+    def checked(self, value: dict[str, Any], location: str) -> dict[str, Any]:
+        """Return the value that was decoded last; raise a DataError if a key is lost in it."""
+        try:
+            check_value(value, self._text, self._start, self._position)
+        except ValueError as error:
+            raise DataError(f"{location}: cannot read this JSON: {error}") from error
+        return value
 
     def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
         near_end = error.pos >= len(self._text) - _TRUNCATION

@@ -178,8 +178,12 @@ def _rows_of(
     first, failure = _first_rows(rows)
     good = [(row, location) for location, row in first if not isinstance(row, BadRow)]
     naming.check_found([row for row, _ in good], source.name)
-    contents = [naming(row, location) for row, location in good]
-    reading = Reading(frozenset(args.ignore_columns), wanted is not None, find_fillers(contents))
+    reading = Reading(
+        frozenset(args.ignore_columns),
+        wanted is not None,
+        find_fillers(_named(good, naming)),
+        source.split,
+    )
     settled = Settled(naming, wanted, None, reading, args.on_bad_row == "drop")
     all_rows = islice(chain(first, _raising(failure), rows), limit)
     for passed, (location, row) in enumerate(all_rows, 1):
@@ -221,6 +225,17 @@ def _raising(failure: DataError | None) -> Iterator[Row]:
     if failure is not None:
         raise failure
     yield from ()
+
+
+def _named(
+    rows: list[tuple[dict[str, Any], str]], naming: NamedColumns
+) -> Iterator[dict[str, Any]]:
+    """Yield rows under the names of the formats, but for those that have an error to come."""
+    for row, location in rows:
+        try:
+            yield naming(row, location)
+        except DataError:  # raised, or dropped, in its turn
+            continue
 
 
 def _columns(content: dict[str, Any], reading: Reading) -> list[str]:

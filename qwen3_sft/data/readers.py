@@ -20,6 +20,7 @@ from qwen3_sft.data.files.datasets_rows import Digest, HubSource, SavedSource
 from qwen3_sft.data.files.file_kinds import KINDS, FileOptions, file_rows, is_data_file
 from qwen3_sft.data.files.folders import folder_files, saved_split
 from qwen3_sft.data.files.line_ranges import LineRange, line_ranges
+from qwen3_sft.data.files.splits import TRAIN
 from qwen3_sft.data.json_rows import Row, is_one_per_line
 from qwen3_sft.data.tally import Tally
 from qwen3_sft.errors import DataError, told_as
@@ -57,11 +58,13 @@ class EntrySource:
         reader: of its rows.
         entry: with the format and the columns that count for it.
         number: of the entry, from 0.
+        split: that was asked for; None for evaluation.
     """
 
     reader: RowSource
     entry: DataEntry
     number: int
+    split: str | None = None
 
     @property
     def name(self) -> str:
@@ -102,8 +105,9 @@ def find_sources(args: DataArguments, *, eval: bool = False) -> list[EntrySource
     if not entries:
         option = "eval_dataset" if eval else "dataset"
         raise DataError(f"no data: set --{option} to files, folders or hub ids")
+    _refuse_idle_options(args)
     return [
-        EntrySource(reader, entry, number)
+        EntrySource(reader, entry, number, None if eval else entry.split or args.dataset_split)
         for number, entry in enumerate(entries)
         for reader in _find(entry, args, eval=eval)
     ]
@@ -140,6 +144,8 @@ def _find(entry: DataEntry, args: DataArguments, *, eval: bool) -> list[RowSourc
     if path.is_symlink() or path.exists():
         raise DataError(f"{name}: neither a file nor a folder, but a pipe, device or broken link")
     hub_id, split = (base, split) if colon else (name, asked)
+    if "://" in name:
+        raise DataError(f"{name}: an address is not read; download the file and name it")
     if not _looks_like_hub_id(hub_id):
         raise DataError(f"{name}: no such file or folder{_suggestion(path)}")
     if split is None:
@@ -157,6 +163,34 @@ def _find(entry: DataEntry, args: DataArguments, *, eval: bool) -> list[RowSourc
             _suggestion(Path(hub_id)),
         )
     ]
+
+
+def _refuse_idle_options(args: DataArguments) -> None:
+    """Refuse options that no source of this run has a use for.
+
+    Raises:
+        DataError: names the option.
+    """
+    entries = _entries(args) + _entries(args, eval=True)
+    is_of_files = all(Path(entry.path).is_file() for entry in entries)
+    is_local = all(Path(_base(entry.path)).exists() for entry in entries)
+    for name, value, is_idle, needs in (
+        ("dataset_split", args.dataset_split != TRAIN, is_of_files, "a folder or hub id"),
+        ("dataset_config", args.dataset_config is not None, is_of_files, "a folder or hub id"),
+        ("dataset_revision", args.dataset_revision is not None, is_local, "a hub id"),
+        ("streaming", args.streaming, is_local, "a hub id"),
+    ):
+        if value and is_idle:
+            raise DataError(
+                f"--{name} {getattr(args, name)}: only {needs} has one, and all data is "
+                f"{'files' if is_of_files else 'on this machine'}; leave it out"
+            )
+
+
+def _base(name: str) -> str:
+    """Return a path without the split behind its colon."""
+    base, _, _ = name.rpartition(":")
+    return name if Path(name).exists() or not base else base
 
 
 def _refuse_parts_of_file(entry: DataEntry, args: DataArguments) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 from qwen3_sft.chat.samples import Message, Role, ToolCall
 from qwen3_sft.chat.templates import TOOL_CALL
 from qwen3_sft.data.rows.answers import parse_answer, parse_call_turn
-from qwen3_sft.data.rows.calls import Tools, parse_tool_calls, parse_tools
+from qwen3_sft.data.rows.calls import Tools, as_openai_tools, parse_tool_calls, parse_tools
 from qwen3_sft.data.rows.content import Content, read_content, result_text
 from qwen3_sft.data.rows.fields import account
 from qwen3_sft.data.rows.loss_flags import MESSAGE_FLAGS, message_flag
 from qwen3_sft.data.rows.reasoning import REASONING_FIELDS
 from qwen3_sft.data.rows.source import Source
+from qwen3_sft.data.rows.turn_lists import ROLE_KEYS
 from qwen3_sft.data.rows.values import describe, load_json, warn_control_text
 from qwen3_sft.data.rows.written_calls import split_responses
 
@@ -38,11 +39,11 @@ _ROLES: dict[str, Role] = {name: role for role, names in _NAMES.items() for name
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # an assistant's turn that is a call
 # A turn of several: {"user": question, "assistant": answer}; xtuner's input and output.
 _PAIRED: dict[str, Role] = {**_ROLES, "input": "user", "output": "assistant"}
-_ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
+_CONTENT_KEYS = ("content", "value", "text")
 # What has to be looked at: control tokens, lone surrogates, NUL.
 _SPECIAL = re.compile(r"<\||</?(?:think|tool_)|\0|[\ud800-\udfff]")
 _HANDLED = frozenset(
-    {*_ROLE_KEYS, *_CONTENT_KEYS, "tool_calls", "function_call", "tools", "functions"}
+    {*ROLE_KEYS, *_CONTENT_KEYS, "tool_calls", "function_call", "tools", "functions"}
     | MESSAGE_FLAGS
     | REASONING_FIELDS
 )
@@ -134,7 +135,7 @@ def _parse_turn(
     if not isinstance(turn, dict):
         source.fail(f"{where} must be a message, found {describe(turn)}")
     fields = source.kept(turn, "message.")
-    if not any(key in fields for key in _ROLE_KEYS) and _is_pair(fields):
+    if not any(key in fields for key in ROLE_KEYS) and _is_pair(fields):
         for name, text in fields.items():
             paired = {"role": _PAIRED[name.lower()], "content": text}
             _parse_turn(turns, paired, index, f"{where} {name}", source, tools)
@@ -144,9 +145,9 @@ def _parse_turn(
     flag = message_flag(fields, where, source)
     for key in ("tools", "functions"):
         if fields.get(key):
-            turns.tools.append(
-                (f"{where} {key}", parse_tools(fields[key], f"{where}.{key}", source))
-            )
+            tools_here = parse_tools(fields[key], f"{where}.{key}", source)
+            tools_here = as_openai_tools(tools_here) if key == "functions" else tools_here
+            turns.tools.append((f"{where} {key}", tools_here))
     role = "assistant" if name in _CALL_ROLES else _ROLES.get(name)
     if role is None:
         source.fail(
@@ -190,7 +191,7 @@ def _is_pair(fields: dict[str, Any]) -> bool:
 
 
 def _role_and_content(fields: dict[str, Any], where: str, source: Source) -> tuple[Any, Any]:
-    roles = [key for key in _ROLE_KEYS if key in fields]
+    roles = [key for key in ROLE_KEYS if key in fields]
     contents = [key for key in _CONTENT_KEYS if key in fields]
     if len(roles) != 1 or len(contents) > 1:
         source.fail(

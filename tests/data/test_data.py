@@ -19,7 +19,6 @@ from tests.support.prepared import arrays, write
 
 
 def test_tokens_are_those_of_the_chat_template(args, rows, tokenizer):
-    args.dataset_split = "unused for files"
     dataset = prepare(args, tokenizer)
     whole = [
         row for row in rows if len(row["messages"]) == 2 and "reasoning_content" not in str(row)

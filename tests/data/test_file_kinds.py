@@ -130,16 +130,6 @@ BAD = {
     "packed parquet": ("a.parquet.gz", b"", "a.parquet.gz: unknown kind of file '.parquet.gz'"),
     "zip": ("a.zip", b"PK", "a.zip: unknown kind of file '.zip'; accepted are .jsonl, .*.gz"),
     "broken second line": ("a.jsonl", LINES + b"{", "a.jsonl:3:2: broken JSON"),
-    "a key twice": (
-        "a.jsonl",
-        LINES + b'{"messages": [{"a": 1, "a": 1}]}',
-        "a.jsonl:3: .*key 'a'; keep",
-    ),
-    "a key twice in an array": (
-        "a.json",
-        b'[{"text": "a", "n": 1, "text": "b"}]',
-        "a.json:1: .*'text'",
-    ),
     "broken first line": ("a.jsonl", b'{"a": }\n' + LINES, "a.jsonl:1:7: broken JSON"),
 }
 

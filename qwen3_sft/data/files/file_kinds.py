@@ -50,7 +50,7 @@ def file_rows(path: Path, tally: Tally, options: FileOptions) -> Iterator[Row]:
             case ".jsonl" | ".ndjson":
                 return jsonl_rows(path, tally, drop_bad=options.drop_bad)
             case ".json":
-                return json_rows(path)
+                return json_rows(path, drop_bad=options.drop_bad)
             case ".csv" | ".tsv":
                 delimiter = "," if kind == ".csv" else "\t"
                 return csv_rows(path, delimiter, drop_bad=options.drop_bad)

@@ -95,8 +95,13 @@ def saved_split(folder: Path, there: Collection[str], asked: str | None) -> str:
 
 def _walk(folder: Path, hidden: list[PurePath]) -> Iterator[PurePath]:
     """Yield the files below a folder, relative to it; what is hidden goes to `hidden`."""
-    for place, inner, names in os.walk(folder):
+    seen = set[str]()
+    for place, inner, names in os.walk(folder, followlinks=True):
         here = Path(place).relative_to(folder)
+        if (real := os.path.realpath(place)) in seen:  # a link to what is read already
+            inner.clear()
+            continue
+        seen.add(real)
         private = sorted(name for name in inner if name.startswith((".", "__")))
         inner[:] = [name for name in inner if name not in private]
         dotted = sorted(name for name in names if name.startswith("."))

@@ -115,12 +115,13 @@ def choose_split(there: Collection[str], asked: str | None) -> str | None:
     """
     if asked in there:
         return asked
-    wanted = (VALIDATION, TEST) if asked is None else (_usual_name(asked),)
-    found = (name for want in wanted for name in there if _usual_name(name) == want)
+    wanted = (VALIDATION, TEST) if asked is None else (usual_name(asked),)
+    found = (name for want in wanted for name in there if usual_name(name) == want)
     return next(found, None)
 
 
-def _usual_name(split: str) -> str:
+def usual_name(split: str) -> str:
+    """Return `train`, `validation` or `test` for the other words that the hub has for them."""
     from datasets.data_files import SPLIT_KEYWORDS
 
     words = {word: str(usual) for usual, words in SPLIT_KEYWORDS.items() for word in words}

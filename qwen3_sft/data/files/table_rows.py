@@ -25,6 +25,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     with _readable(path), pyarrow.parquet.ParquetFile(path, memory_map=True) as table:
+        _refuse_twice(table.schema_arrow, path)
         yield from _numbered_rows(path, table.iter_batches(_BATCH_ROWS))
 
 
@@ -40,11 +41,19 @@ def arrow_rows(path: Path) -> Iterator[Row]:
         is_stream = file.read(6) != b"ARROW1"
         file.seek(0)
         if is_stream:
-            batches: Iterator[Any] = iter(pyarrow.ipc.open_stream(file))
+            reader: Any = pyarrow.ipc.open_stream(file)
+            batches: Iterator[Any] = iter(reader)
         else:
             reader = pyarrow.ipc.open_file(file)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        _refuse_twice(reader.schema, path)
         yield from _numbered_rows(path, _in_slices(batches))
+
+
+def _refuse_twice(schema: pyarrow.Schema, path: Path) -> None:
+    """Refuse two columns of one name, of which a row would keep the last."""
+    if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise DataError(f"{path}: the column {', '.join(twice)} is there twice; keep one")
 
 
 @contextmanager

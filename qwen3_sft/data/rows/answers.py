@@ -11,7 +11,7 @@ from qwen3_sft.data.rows.calls import Tools, parse_tool_calls
 from qwen3_sft.data.rows.content import Content, read_content
 from qwen3_sft.data.rows.reasoning import given_reasoning, split_think
 from qwen3_sft.data.rows.source import Source
-from qwen3_sft.data.rows.values import split_end, warn_control_text
+from qwen3_sft.data.rows.values import refuse_foreign_end, split_end, warn_control_text
 from qwen3_sft.data.rows.written_calls import split_calls
 
 
@@ -48,6 +48,7 @@ def parse_answer(
     calls = calls or read.calls
     # The renderer ends every answer: an end token in the text would be spelled out before it.
     text, _ = split_end(read.text)
+    refuse_foreign_end(text, where, source)
     given = given_reasoning(fields, read.reasoning, where, source)
     written = None
     if given and not text.lstrip().startswith(THINK):

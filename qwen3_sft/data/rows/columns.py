@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qwen3_sft.data.rows.fields import account
 from qwen3_sft.data.rows.source import Source
+from qwen3_sft.data.rows.values import load_json
 from qwen3_sft.errors import DataError
 
 # Known names in lower case; a file may write them with capitals.
@@ -18,6 +20,7 @@ _KNOWN = frozenset(
 )  # fmt: skip
 _REQUESTS = ("body", "request", "params")  # one line of a batch of requests to a server
 _PREFIX = "message."
+_LIST_TEXT = re.compile(r"\s*\[\s*\{")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class NamedColumns:
             row = _unwrapped(row, Source(location))
         if not row.keys() <= _KNOWN:
             row = _in_lower_case(row)
-        return self._with_keys(row) if self.keys else row
+        return self._with_keys(row, Source(location)) if self.keys else row
 
     def _renamed(self, row: dict[str, Any], location: str) -> dict[str, Any]:
         for old, new in self.columns.items():
@@ -65,24 +68,46 @@ class NamedColumns:
         Raises:
             DataError: names the column and those that there are.
         """
-        there = {column for row in rows for column in row}
-        for old, new in self.columns.items() if rows else ():
-            if old not in there and new not in there:
-                raise DataError(
-                    f"{name}: --columns {new}={old}, but its first rows have no column {old!r}; "
-                    f"they have {', '.join(sorted(map(str, there)))}"
-                )
+        if rows:
+            columns = {column for row in rows for column in row}
+            _check_there(self.columns, columns, name, "column", "")
+        values = [value for row in rows for value in row.values()]
+        if values and not any(self._holds_messages(value) for value in values):
+            lists = [value for value in values if isinstance(value, list)]
+            keys = {key for items in lists for m in items if isinstance(m, dict) for key in m}
+            _check_there(self.keys, keys, name, "key of messages", _PREFIX)
 
-    def _with_keys(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: [self._message(item) for item in value] if isinstance(value, list) else value
-            for name, value in row.items()
-        }
+    def _with_keys(self, row: dict[str, Any], source: Source) -> dict[str, Any]:
+        return {name: self._column(value, name, source) for name, value in row.items()}
 
-    def _message(self, item: Any) -> Any:
+    def _column(self, value: Any, name: str, source: Source) -> Any:
+        if self._holds_messages(value):
+            value = load_json(value, f"column {name!r}", source)
+        if not isinstance(value, list):
+            return value
+        return [self._message(m, f"{name}[{index}]", source) for index, m in enumerate(value)]
+
+    def _holds_messages(self, value: Any) -> bool:
+        """Whether a value is a string that holds a list of objects with one of the keys."""
+        is_list = isinstance(value, str) and _LIST_TEXT.match(value)
+        return bool(is_list) and any(f"{q}{key}{q}" in value for key in self.keys for q in "'\"")
+
+    def _message(self, item: Any, where: str, source: Source) -> Any:
         if not isinstance(item, dict):
             return item
-        return {self.keys.get(name, name): value for name, value in item.items()}
+        for old, new in self.keys.items():
+            if None not in (item.get(old), item.get(new)) and new not in self.keys:
+                source.fail(
+                    f"{where}: --columns message.{new}={old}, but the message has a key {new!r} "
+                    f"too; set --columns message.{new}={old} message.unused={new} --ignore_columns "
+                    "message.unused"
+                )
+        moved = {new for old, new in self.keys.items() if old in item}
+        return {
+            self.keys.get(name, name): value
+            for name, value in item.items()
+            if name in self.keys or name not in moved
+        }
 
 
 def named_columns(pairs: Sequence[str]) -> NamedColumns:
@@ -103,6 +128,17 @@ def named_columns(pairs: Sequence[str]) -> NamedColumns:
             raise DataError(f"--columns {pair}: one of its names occurs twice")
         kept[old] = new
     return NamedColumns(columns, keys)
+
+
+def _check_there(
+    names: Mapping[str, str], there: Collection[str], source: str, what: str, prefix: str
+) -> None:
+    for old, new in names.items():
+        if old not in there and new not in there:
+            raise DataError(
+                f"{source}: --columns {prefix}{new}={old}, but its first rows have no {what} "
+                f"{old!r}; they have {', '.join(sorted(map(str, there)))}"
+            )
 
 
 def _in_lower_case(row: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3_sft.chat.samples import ToolCall
-from qwen3_sft.data.rows.calls import Tools, parse_tool_calls, parse_tools
+from qwen3_sft.data.rows.calls import Tools, as_openai_tools, parse_tool_calls, parse_tools
 from qwen3_sft.data.rows.fields import account
 from qwen3_sft.data.rows.loss_flags import MESSAGE_FLAGS, message_flag
 from qwen3_sft.data.rows.source import Source
@@ -96,7 +96,8 @@ def _read_part(read: Content, part: Any, where: str, source: Source) -> None:
         read.results.append(_result_of(part, where, handled, source))
     elif kind in _TOOLS:
         key = _key_of(part, kind, where, source)
-        read.tools += parse_tools(part[key], where, source)
+        tools = parse_tools(part[key], where, source)
+        read.tools += as_openai_tools(tools) if kind == "functions" else tools
         handled.add(key)
     elif kind in _UNREAD:
         source.fail(f"{where} is a part of type {kind!r}: {_UNREAD[kind]}")

@@ -8,11 +8,13 @@ of the columns of public data sets on the hub.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
+from qwen3_sft.data.rows.loss_flags import is_masking
 from qwen3_sft.data.rows.source import Source
 
 # Facts about a row, a message, a part or a call that no chat template shows to a model.
@@ -58,8 +60,10 @@ _STYLE = "an instruction to a chat template that Qwen's does not have; name it i
 _REFUSED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(names), what)
     for names, what in (
-        (r"(?:chosen|rejected|preferred|non_preferred|dispreferred)(?:_.*)?|.*_(?:chosen|rejected)"
-         r"|margin|winner|response_[ab01]|answer_[ab01]|better|safer_response_id", _PREFERENCE),
+        (r"(?:chosen|rejected|preferred|non_preferred|dispreferred|negatives?|losing|winning)(?:_.*)?"
+         r"|.*_(?:chosen|rejected|preferred|dispreferred|[jkwl])|margin|winner|preferences?|better|worse"
+         r"|(?:response|answer|output|completion|conversation|reply|model|chat|summary|candidate"
+         r"|human_ref)s?_?[ab0-9]|(?:better|safer|best|worse|worst)_.*", _PREFERENCE),
         (r"(?:images?|videos?|audios?|pixel_values|objects|bbox|bboxes|image_grid_thw)(?:_.*)?"
          r"|input_audio|attachments?|media", _VISION),
         (r"reward_model|ground_truths?|rewards?|reward_.*|verifiers?|test_cases|rubrics?", _RL),
@@ -74,8 +78,39 @@ _REFUSED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )  # fmt: skip
 
 
+# What a model was stopped in is no answer that ends there.
+_CUT = (
+    "an answer that was cut off or withheld, and its end would be learned; remove the row, or name "
+    "the field in --ignore_columns"
+)
+_STOPS = frozenset(
+    {"length", "max_tokens", "max_output_tokens", "content_filter", "error", "incomplete",
+     "in_progress", "failed", "cancelled", "false"}
+)  # fmt: skip
+_KINDS = frozenset(
+    {"thinking", "reasoning", "thought", "think", "code", "console", "refusal", "error", "image",
+     "image_url", "audio", "video", "file", "tool_use", "tool_call", "tool_calls", "function_call"}
+)  # fmt: skip
+# Metadata whose values may say more: where it stands (a prefix, None: anywhere), the values.
+_TELLING: tuple[tuple[re.Pattern[str], str | None, frozenset[str], str], ...] = (
+    (re.compile(r"(?:finish|stop)_reason|end_turn|status"), None, _STOPS, _CUT),
+    (re.compile("type"), "message.", _KINDS, "a message that is no plain text; write it as what it "
+     "is, a part of that type, reasoning_content or tool_calls, or name the field in "
+     "--ignore_columns"),
+)  # fmt: skip
+# Where a prompt ends in a text or in tokens, which decides what is learned of them.
+_BOUNDARY = re.compile(
+    r"(?:.*_)?(?:prompt|source|context|query|question|instruction|prefix|completion|response"
+    r"|answer|target)_(?:.*_)?(?:lens?|lengths?|tokens|counts?)"
+)
+_NESTED = frozenset(
+    {"tools", "functions", "system_prompt", "system_message", "enable_thinking",
+     "chat_template_kwargs"}
+)  # fmt: skip
+
+
 @lru_cache(4096)
-def _meaning(name: str, prefix: str) -> str | None:
+def meaning(name: str, prefix: str) -> str | None:
     """Return "" for metadata, what it is for a field that is refused, None for an unknown one."""
     plain = name.strip().lower()
     for names, what in _REFUSED:
@@ -107,14 +142,17 @@ def account(
     """
     unknown, refused = [], None
     for name in sorted(fields.keys() - set(handled), key=str):
-        meaning = _meaning(name, prefix) if isinstance(name, str) else None
-        if meaning == "" or is_blank(fields[name]):
+        what = meaning(name, prefix) if isinstance(name, str) else None
+        if is_blank(fields[name]):
             continue
-        if meaning is None:
+        if what == "":
+            _check_metadata(name, fields[name], where, prefix, source)
+            continue
+        if what is None:
             unknown.append(f"{prefix}{name}")
         elif refused is None:
             refused = f"{where} has {name!r}, which" if where else f"column {name!r}"
-            refused += f" is {meaning}"
+            refused += f" is {what}"
     if not (unknown or refused):
         return
     listed = " ".join(unknown)
@@ -122,3 +160,48 @@ def account(
     problem += f"learned from them, set --ignore_columns {listed}, else say what they are with "
     problem += "--columns KNOWN=NAME"
     source.fail("; ".join(filter(None, (refused, problem if unknown else None))))
+
+
+def refuse_boundaries(row: Mapping[str, Any], source: Source) -> None:
+    """Raise for a column that says how much of a text, or of its tokens, is the prompt.
+
+    Raises:
+        DataError: names the column.
+    """
+    if name := next(
+        (n for n in row if isinstance(n, str) and _BOUNDARY.fullmatch(n.lower())), None
+    ):
+        source.fail(
+            f"column {name!r} tells the prompt from the answer, and all is learned here; write "
+            "prompt and completion, or labels, or name it in --ignore_columns"
+        )
+
+
+def _check_metadata(name: str, value: Any, where: str, prefix: str, source: Source) -> None:
+    """Raise for a field that is metadata by its name, and by its value is not."""
+    place = f"{where} has {name!r}" if where else f"column {name!r}"
+    for names, at, values, what in _TELLING:
+        if at in (None, prefix) and names.fullmatch(name) and str(value).lower() in values:
+            source.fail(f"{place} {value!r}: this is {what}")
+    if nested := nested_meaning(value):
+        source.fail(
+            f"{place} with {nested} in it, which is honoured only as a field of its own; write it "
+            f"there, or set --ignore_columns {prefix}{name}"
+        )
+
+
+def nested_meaning(value: Any, depth: int = 0) -> str | None:
+    """Return the name in a value that would be honoured outside of it, None where there is none."""
+    if isinstance(value, str) and value[:1] == "{" and depth == 0:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None  # a text
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if is_masking(name, item) or (depth == 0 and name in _NESTED and not is_blank(item)):
+                return repr(name)
+        value = list(value.values())
+    items = value if isinstance(value, list | tuple) else ()
+    found = (nested_meaning(item, depth + 1) for item in items if isinstance(item, list | dict))
+    return next(filter(None, found), None)

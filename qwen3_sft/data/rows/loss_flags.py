@@ -84,6 +84,15 @@ def message_mask(row: Mapping[str, Any], count: int, source: Source) -> list[boo
     return found[1] if found else None
 
 
+def is_masking(name: str, value: Any) -> bool:
+    """Whether a field is a flag, by its name, that does not say to learn all."""
+    if value is None or not (name in MESSAGE_FLAGS or name in ROW_FLAGS):
+        return False
+    learned = (0, "0", "false") if name in _MASK else (1, "1", "true")
+    values = value if isinstance(value, list | tuple) else [value]
+    return any((v.strip().lower() if isinstance(v, str) else v) not in learned for v in values)
+
+
 def _flag(value: Any, what: str, source: Source) -> bool:
     spelled = _SPELLED.get(value.strip().lower()) if isinstance(value, str) else None
     is_number = isinstance(value, bool | int | float) and value in (0, 1)

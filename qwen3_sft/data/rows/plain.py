@@ -10,19 +10,22 @@ from qwen3_sft.chat.samples import Conversation, Dropped, PlainText
 from qwen3_sft.data.rows.calls import Tools
 from qwen3_sft.data.rows.conversations import make_conversation, parse_tool_columns
 from qwen3_sft.data.rows.defects import BLANK_ANSWER, BLANK_TEXT
-from qwen3_sft.data.rows.fields import account, is_blank
+from qwen3_sft.data.rows.fields import account, is_blank, refuse_boundaries
 from qwen3_sft.data.rows.loss_flags import BY_FLAG, row_flag
 from qwen3_sft.data.rows.source import Source
-from qwen3_sft.data.rows.values import check_text, describe, load_json, split_end, warn_control_text
+from qwen3_sft.data.rows.turn_lists import decoded_turns
+from qwen3_sft.data.rows.values import (
+    check_text,
+    describe,
+    refuse_foreign_end,
+    split_end,
+    warn_control_text,
+)
 from qwen3_sft.data.turns import Turns, parse_turns
 
 # Rendered chats: tokenising them as plain text would hide the turns from the masks.
 _RENDERED = re.compile(r"<\|im_(?:start|end)\|>")
-# Of code and of images: who writes them into plain text means the tokens.
-_MEANT = re.compile(
-    r"<\|(?:fim_(?:prefix|middle|suffix|pad)|repo_name|file_sep"
-    r"|(?:vision|image|video)_(?:start|end|pad))\|>"
-)
+_OF_CODE = re.compile(r"<\|(?:fim_(?:prefix|middle|suffix|pad)|repo_name|file_sep)\|>")
 _END_TEXT = "<|endoftext|>"
 _FLAGS = ("weight", "sample_weight", "loss_weight", "train")
 _NEED_CHAT = ("system", "system_prompt", "system_message", "tools", "functions", "history",
@@ -37,6 +40,7 @@ def parse_text(
     Raises:
         DataError: it is a rendered chat, or has columns that belong to chats.
     """
+    refuse_boundaries(row, source)
     _account(row, ("text",), source)
     text, end = _text_and_end(given["text"], "text", source)
     if not row_flag({name: row[name] for name in _FLAGS if name in row}, source):
@@ -52,7 +56,9 @@ def parse_prompt_completion(
     Raises:
         DataError: for a row that cannot be trained on.
     """
-    prompt, completion = (_decoded(given[name], name, source) for name in ("prompt", "completion"))
+    prompt, completion = (
+        decoded_turns(given[name], f"column {name!r}", source) for name in ("prompt", "completion")
+    )
     if isinstance(prompt, list) and isinstance(completion, list):
         described = parse_tool_columns(row, source)
         return _parse_lists(prompt, completion, row, described[0][1] if described else (), source)
@@ -66,12 +72,6 @@ def parse_prompt_completion(
     if not row_flag({name: row[name] for name in _FLAGS if name in row}, source):
         return BY_FLAG
     return PlainText(prompt, completion, end) if completion.strip() else BLANK_ANSWER
-
-
-def _decoded(value: Any, column: str, source: Source) -> Any:
-    """Return a list of messages that is written as a string, as CSV has it."""
-    is_list = isinstance(value, str) and value.startswith('[{"role"')
-    return load_json(value, f"column {column!r}", source) if is_list else value
 
 
 def _parse_lists(
@@ -102,6 +102,7 @@ def _text_and_end(value: Any, column: str, source: Source) -> tuple[str, str | N
     end = None
     if isinstance(value, str):
         value, end = split_end(value)
+        refuse_foreign_end(value, f"column {column!r}", source)
     return _plain_text(value, column, source), end
 
 
@@ -113,10 +114,10 @@ def _plain_text(value: Any, column: str, source: Source) -> str:
             f"column {column!r} contains {rendered[0]}: it is already rendered as a chat; "
             "use `messages`, so that turns and masks are known"
         )
-    if meant := _MEANT.search(value):
+    if of_code := _OF_CODE.search(value):
         source.fail(
-            f"column {column!r} contains {meant[0]}, which would be learned as the letters that "
-            "spell it: give such texts as input_ids and labels, or remove it"
+            f"column {column!r} contains {of_code[0]}, which is a control token to a tokenizer "
+            "alone and text here; give the row as input_ids"
         )
     if _END_TEXT in value:
         source.fail(

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen3_sft.chat.samples import Conversation, Dropped, Message
-from qwen3_sft.data.rows.answers import parse_answer
+from qwen3_sft.data.rows.answers import parse_answer, parse_call_turn
 from qwen3_sft.data.rows.content import join_parts
 from qwen3_sft.data.rows.conversations import make_conversation, parse_tool_columns
 from qwen3_sft.data.rows.reasoning import REASONING_KEYS
 from qwen3_sft.data.rows.source import Source
+from qwen3_sft.data.rows.turn_lists import decoded_turns, is_turns
 from qwen3_sft.data.rows.values import describe, load_json, warn_control_text
 from qwen3_sft.data.turns import Turns, parse_turns
 
@@ -18,7 +19,7 @@ ALPACA = (("instruction", "output"), ("instruction", "response"))
 PAIRS = (
     ("query", "response"), ("question", "answer"), ("question", "response"), ("prompt", "response"),
     ("input", "output"), ("user", "assistant"), ("human", "assistant"), ("instruction", "answer"),
-    ("instruction", "completion"),
+    ("instruction", "completion"), ("query", "answers"),
 )  # fmt: skip
 
 
@@ -62,31 +63,45 @@ def _parse_question(
     source: Source,
 ) -> Conversation | Dropped:
     ask, answer = columns
-    if isinstance(given[ask], list) and _is_turns(given[ask]):
-        turns = parse_turns(given[ask], ask, source)
+    asked = decoded_turns(given[ask], f"column {ask!r}", source)
+    handled = {*columns, *REASONING_KEYS}
+    if is_turns(asked):
+        turns = parse_turns(asked, ask, source)
     else:
+        handled |= {*more, "history"}
         turns = _parse_history(row.get("history"), source)
-        asked = [given[ask], *(row[name] for name in more)]
-        what = " or ".join([ask, *more])
-        question = "\n".join(join_parts(part, what, source) for part in asked if part != "")
+        parts = [(ask, asked), *((name, row[name]) for name in more)]
+        question = "\n".join(
+            join_parts(_one_text(part, name, source), name, source)
+            for name, part in parts
+            if part != ""
+        )
         warn_control_text(question, source)
         if not question.strip():
             source.warn("empty user turn")
         turns.add(Message("user", question), turns.count)
+        turns.count += 1
     row = _with_mode(row)
     described = parse_tool_columns(row, source)
     tools = described[0][1] if described else ()
-    message = parse_answer(row.get(answer), row, answer, source, tools=tools)
-    turns.add(message, turns.count + 1)
-    turns.count += 2
-    handled = {*columns, *more, "input", "context", "history", *REASONING_KEYS}
-    if not more and "context" in row:
-        handled.discard("context")
+    if answer == "answers":  # xLAM's: a list of calls
+        message = parse_call_turn(row.get(answer), row, answer, source, tools=tools)
+    else:
+        said = _one_text(row[answer], answer, source) if answer in row else None
+        message = parse_answer(said, row, answer, source, tools=tools)
+    turns.add(message, turns.count)
+    turns.count += 1
     return make_conversation(row, turns, handled, source)
 
 
-def _is_turns(value: list[Any]) -> bool:
-    return any(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
+def _one_text(value: Any, column: str, source: Source) -> Any:
+    """Return a question or an answer; refuse a list of texts, which are several of it."""
+    if isinstance(value, list | tuple) and any(isinstance(item, str) for item in value):
+        source.fail(
+            f"column {column!r} is a list of {len(value)} texts, and one is learned; write it as a "
+            "string"
+        )
+    return value
 
 
 def _with_mode(row: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +122,7 @@ def _parse_history(history: Any, source: Source) -> Turns:
         history = load_json(history, "column 'history'", source)
     if not isinstance(history or [], list | tuple):
         source.fail(f"column 'history' must be a list of pairs, found {describe(history)}")
-    if history and _is_turns(list(history)):
+    if is_turns(history):
         return parse_turns(history, "history", source)
     turns = Turns()
     for index, pair in enumerate(history or []):

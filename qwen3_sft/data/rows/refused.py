@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from qwen3_sft.data.rows.fields import meaning
+
 _PREFERENCE = "preference data (DPO, ORPO), and this trains on answers alone: write the better one "
 _TURN = "as an assistant's turn"
 _KINDS = (
@@ -55,6 +57,9 @@ def not_supervised(columns: Collection[str]) -> str | None:
     for kind, what in _KINDS:
         if kind <= names:
             return f"columns {sorted(names)}: {what}"
+    for name in sorted(names):
+        if what := meaning(name, ""):
+            return f"columns {sorted(names)} are no known format: {name!r} is {what}"
     if "prompt" in names:
         return (
             f"columns {sorted(names)} are no known format: {_NO_ANSWER}; accepted are "

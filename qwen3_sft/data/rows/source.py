@@ -21,11 +21,13 @@ class Reading:
         ignored: names of fields to leave out (`--ignore_columns`).
         is_chosen: the format was chosen by `--dataset_format`, so columns of others are not data.
         fillers: which nulls stand for keys that are absent.
+        split: that is read; None for evaluation, which may read any.
     """
 
     ignored: frozenset[str] = frozenset()
     is_chosen: bool = False
     fillers: Fillers = NO_FILLERS
+    split: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

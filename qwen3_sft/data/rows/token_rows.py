@@ -9,7 +9,7 @@ import numpy as np
 
 from qwen3_sft.chat.samples import IGNORED, Dropped, Tokens
 from qwen3_sft.data.rows.defects import NO_TOKENS, ONE_TOKEN
-from qwen3_sft.data.rows.fields import account
+from qwen3_sft.data.rows.fields import account, refuse_boundaries
 from qwen3_sft.data.rows.loss_flags import BY_FLAG, row_flag
 from qwen3_sft.data.rows.source import Source
 from qwen3_sft.data.rows.values import describe
@@ -35,8 +35,10 @@ def parse_tokens(
         DataError: for ids outside of the vocabulary, labels that are shifted or of another length,
             masks that contradict them, padding inside.
     """
-    account(row, _HANDLED, "", "", source)
     ids = _int_array(row.get("input_ids"), "input_ids", source)
+    refuse_boundaries(row, source)
+    account(row, _HANDLED, "", "", source)
+    _refuse_lists(row, len(ids), source)
     labels = _labels(row, ids, source)
     ids, labels = _without_padding(row, ids, labels, source)
     if len(ids) < 2:
@@ -48,6 +50,18 @@ def parse_tokens(
     if not row_flag({name: row[name] for name in _FLAGS if name in row}, source):
         return BY_FLAG
     return Tokens(ids.astype(np.int32), labels.astype(np.int32))
+
+
+def _refuse_lists(row: Mapping[str, Any], count: int, source: Source) -> None:
+    """Raise for a column with an entry per token, which may say what is learned of each."""
+    for name in row.keys() - _HANDLED:
+        value = row[name]
+        if isinstance(value, list | tuple | np.ndarray) and len(value) == count > 0:
+            source.fail(
+                f"column {name!r} has an entry per token, whose meaning is unknown; labels are "
+                "read from labels or loss_mask, each document from a row of its own: rename it, "
+                "or name it in --ignore_columns"
+            )
 
 
 def _labels(row: Mapping[str, Any], ids: np.ndarray, source: Source) -> np.ndarray:

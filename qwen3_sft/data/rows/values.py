@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from typing import Any, NoReturn
 
+from qwen3_sft.data.files.strict_json import check_value, python_value
 from qwen3_sft.data.rows.source import Source
 
 _CONTROL_TEXT = re.compile(r"<\|[a-z_]+\|>|</?(?:tool_call|tool_response|think)>")
 
-_END = re.compile(r"(<\|(?:endoftext|im_end)\|>)(?:\s*<\|(?:endoftext|im_end)\|>)*\s*\Z")
+_ENDS = ("<|endoftext|>", "<|im_end|>")
 
 
 def split_end(text: str) -> tuple[str, str | None]:
     """Split the end tokens off a text that was written with some: (text, the first of them)."""
-    if not text.rstrip().endswith("|>"):
-        return text, None
-    end = _END.search(text)
-    return (text[: end.start()], end[1]) if end else (text, None)
+    stop, first = len(text), None
+    at = _before_blanks(text, stop)
+    while found := next((end for end in _ENDS if text.endswith(end, 0, at)), None):
+        stop, first = at - len(found), found
+        at = _before_blanks(text, stop)
+    return text[:stop], first
+
+
+# How answers end that were written for another model, here no token but text to learn.
+_FOREIGN_END = re.compile(
+    r"(?:<\|[\w ]{1,30}\|>|</s>|<eos>|<end_of_turn>|<\uff5cend\u2581of\u2581sentence\uff5c>)\s*\Z"
+)
+
+
+def refuse_foreign_end(text: str, where: str, source: Source) -> None:
+    """Raise for what is learned and ends with the end token of another model.
+
+    Raises:
+        DataError: names the token.
+    """
+    if not text.rstrip().endswith(">") or not (end := _FOREIGN_END.search(text[-200:])):
+        return
+    token = end[0].strip()
+    if token == "</s>" and "<s>" in text.lstrip()[1:]:
+        return  # HTML that strikes a text out
+    source.fail(
+        f"{where} ends with {token}, the end token of another model, which would be learned as "
+        "text; remove it: every answer is ended as this model's template does"
+    )
+
+
+def _before_blanks(text: str, stop: int) -> int:
+    while stop and text[stop - 1].isspace():
+        stop -= 1
+    return stop
 
 
 def check_text(text: str, where: str, source: Source) -> str:
@@ -54,26 +85,28 @@ def describe(value: Any) -> str:
 def load_json(text: str, where: str, source: Source) -> Any:
     """Parse a JSON value, or one that Python has printed, found as a string inside a row."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        value = _python_value(text)
-        if value is None:
-            source.fail(f"{where} is not valid JSON ({error}): {text[:80]!r}")
-        return value
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if isinstance(value, dict | list):
+            check_value(value, text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return _python_value(text, f"{where} is not valid JSON ({error}): {text[:80]!r}", source)
+    except ValueError as error:
+        source.fail(f"{where} is not valid JSON ({error}): {text[:80]!r}")
+    return value
 
 
 def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _python_value(text: str) -> Any:
-    """Return a list or dict in Python's spelling, as `str()` and pandas write it, else None."""
-    if not text.lstrip().startswith(("{", "[")):
-        return None
+def _python_value(text: str, problem: str, source: Source) -> Any:
     try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return None
+        value = python_value(text)
+    except ValueError as error:
+        source.fail(f"{problem}, and as Python's value: {error}")
+    if value is None:
+        source.fail(problem)
+    return value
 
 
 def check_json(value: Any, where: str, source: Source) -> Any:

@@ -17,7 +17,7 @@ from qwen3_sft.data.rows.source import Source
 from qwen3_sft.data.rows.values import load_json
 
 _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*)</function>", re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_PARAMETER, _END_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?"), "</parameter>"
 
 
 def split_calls(
@@ -83,7 +83,10 @@ def _fail(text: str, at: int, problem: str, where: str, source: Source) -> NoRet
 
 
 def _next(text: str, start: int) -> int:
-    return len(text) - len(text[start:].lstrip())
+    """Return the first place from `start` on that is no blank, without a copy of what follows."""
+    while start < len(text) and text[start].isspace():
+        start += 1
+    return start
 
 
 def _end_of_call(text: str, start: int, where: str, source: Source) -> int:
@@ -111,15 +114,21 @@ def _parse_block(body: str, where: str, source: Source, tools: Tools) -> tuple[T
 
 def _parse_xml(name: str, body: str, where: str, source: Source, tools: Tools) -> ToolCall:
     """Parse Qwen3-Coder's form, whose values are text unless the tool says otherwise."""
-    if rest := _PARAMETER.sub("", body).strip():
-        source.fail(f"{where} has {rest[:40]!r} outside of its parameters")
     types = _types(name, tools)
     arguments: dict[str, Any] = {}
-    for key, value in _PARAMETER.findall(body):
+    start = 0
+    while (start := _next(body, start)) < len(body):
+        begin = _PARAMETER.match(body, start)
+        end = body.find(_END_PARAMETER, begin.end()) if begin else -1
+        if not begin or end < 0:
+            rest = body[start : start + 40].strip()
+            source.fail(f"{where} has {rest!r} outside of its parameters")
+        key, value = begin[1], body[begin.end() : end].removesuffix("\n")
         kind = types.get(key, "string")
         written = value.lower() if kind == "boolean" else value  # the template writes True
         is_text = kind == "string"
         arguments[key] = value if is_text else load_json(written, f"{where} {key}", source)
+        start = end + len(_END_PARAMETER)
     return ToolCall(name, arguments)
 
 

@@ -200,8 +200,8 @@ REFUSED = {
         "media, and a text model sees none"),
     "OpenR1 without a word on its columns": (
         {"messages": ONE, "generations": ["a"], "solution": "s"}, "several answers"),
-    "Salesforce/xlam-function-calling-60k": (
-        {"id": 0, "query": "q", "answers": "[]", "tools": "[]"}, "no known format"),
+    "Salesforce/xlam-function-calling-60k without a call": (
+        {"id": 0, "query": "q", "answers": "[]", "tools": "[]"}, "a call without a function"),
 }  # fmt: skip
 
 
