@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from monkey_patch import linear_fp8 as linear_fp8_module
 from monkey_patch.core import PatchError
 from monkey_patch.experts_fp8 import experts_fp8
+from monkey_patch.kernels.linear_cross_entropy import op as cross_entropy
 from monkey_patch.kernels.scatter_moe.triton import warm_up
 from monkey_patch.linear_fp8 import linear_fp8
 from qwen3_sft.demo.model import tiny_config
@@ -120,6 +121,16 @@ def test_a_micro_batch(insert_card, kernels, name, experts, policies, weights):
             assert parameter.grad.device == CUDA
     assert kernels.ours == kernels.prepared, kernels.ours ^ kernels.prepared
     assert kernels.others == {"_rms_norm_forward_kernel", "_rms_norm_backward_kernel"}
+
+
+def test_the_head_sums_its_gradient_in_the_product(card):
+    """The operator is not entered in a step."""
+    with FakeTensorMode():
+        total = torch.empty(64, 32, device=CUDA)
+        d_logits, hidden = (torch.empty(16, n, dtype=BF16, device=CUDA) for n in (64, 32))
+        with Allocations(torch.nn.Module()) as seen:
+            cross_entropy._add_product._init_fn(total, d_logits, hidden, False)
+    assert seen.peak <= total.nbytes + d_logits.nbytes + hidden.nbytes, "nothing beside them"
 
 
 @pytest.mark.parametrize(("name", "scaling"), [("H200", "blockwise"), ("B200", "mxfp8")])
