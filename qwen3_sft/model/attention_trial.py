@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 
+from monkey_patch.kernels.varlen_attention.flash_attention_4 import adapt_flash_attention_4
 from monkey_patch.kernels.varlen_attention.op import varlen_attention
 from monkey_patch.kernels.varlen_attention.reference import varlen_attention_reference
 
@@ -34,6 +35,8 @@ def switch_on(name: str) -> None:
     Raises:
         ImportError: the package is not there, or RuntimeError: it lacks what torch calls.
     """
+    if name == "flash_attention_4":
+        adapt_flash_attention_4()
     if name in IMPLEMENTATIONS:
         activate_flash_attention_impl(IMPLEMENTATIONS[name])
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import _fa4, _registry
 
 from monkey_patch.kernels.varlen_attention import op
 from monkey_patch.kernels.varlen_attention.reference import varlen_attention_reference
@@ -45,6 +46,14 @@ ON = {"flash_attention_2": "A100 80GB", "flash_attention_3": "H200", "flash_atte
 def test_a_package_is_called_with_what_it_takes(flash, insert_card, name):
     insert_card(ON[name])
     assert attention_trial.trial(name, CPU, BF16, 64) is None
+
+
+def test_flash_attention_4_still_needs_its_adapter(flash, insert_card, monkeypatch):
+    insert_card("B200")
+    monkeypatch.setattr(attention_trial, "adapt_flash_attention_4", lambda: None)
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA4", _fa4.register_flash_attention_fa4)
+    problem = attention_trial.trial("flash_attention_4", CPU, BF16, 64)
+    assert problem == "ValueError: too many values to unpack (expected 2)"
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -1,8 +1,8 @@
 """FlashAttention 2, 3 and 4 with the signatures of their packages, computed document by document.
 
-Version 2: `flash_attn_varlen_func` of flash-attn 2.8.3. Version 3: the operators that
-`flash_attn_interface` (3.0.0b1) registers. Version 4: `flash_attn.cute.interface` of flash-attn-4
-4.0.0b36. torch registers the last two for CUDA tensors; here that becomes the CPU.
+Version 2: `flash_attn_varlen_func` as in flash_attn_interface.py of its repository. Version 3: the
+operators of hopper/flash_api.cpp there. Version 4: `flash_attn.cute.interface` of flash-attn-4
+4.0.0b36, the wheel. torch registers the last two for CUDA tensors; here that becomes the CPU.
 """
 
 from __future__ import annotations
@@ -125,18 +125,30 @@ def _fa3_backward(
 
 
 def _flash_attn_fwd(
-    q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
-    max_seqlen_q=None, max_seqlen_k=None, page_table=None, softmax_scale=None, causal=False,
-    softcap=None, window_size_left=None, window_size_right=None, learnable_sink=None,
-    num_splits=1, pack_gqa=None, return_lse=False, out=None, lse=None,
+    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+    max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None,
+    causal=False, softcap=None, window_size_left=None, window_size_right=None,
+    learnable_sink=None, tile_mn=None, mma_pv_is_rs=None, intra_wg_overlap=None, num_threads=384,
+    num_splits=1, pack_gqa=None, _arch=None, score_mod=None, mask_mod=None,
+    block_sparse_tensors=None, return_lse=False, out=None, lse=None, aux_tensors=None,
+    aux_scalars=None, q_descale=None, k_descale=None, v_descale=None, gather_kv_indices=None,
+    scheduler_metadata=None, seqlen_k_per_split=None, disable_scheduler_metadata=False,
+    gather_bwd_recompute_p=False,
 ):  # fmt: skip
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, causal)
-    return _attend(q, k, v, cu_seqlens_q, softmax_scale), q.new_zeros(q.shape[1], len(q)).float()
+    lse = q.new_zeros(q.shape[1], len(q), dtype=torch.float32)
+    return _attend(q, k, v, cu_seqlens_q, softmax_scale), lse, None, None, None
 
 
 def _flash_attn_bwd(
     q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
-    window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, deterministic=False,
+    window_size_right=None, m_block_size=64, n_block_size=128, num_threads=256, pack_gqa=False,
+    num_stages_Q=2, num_stages_dO=2, SdP_swapAB=False, dKV_swapAB=False, dQ_swapAB=False,
+    AtomLayoutMSdP=2, AtomLayoutNdKV=2, AtomLayoutMdQ=2, V_in_regs=False, cu_seqlens_q=None,
+    cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
+    deterministic=False, dq=None, dk=None, dv=None, score_mod=None, score_mod_bwd=None,
+    mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None, dlse=None,
+    learnable_sink=None,
 ):  # fmt: skip
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, len(q), causal)
     return _gradients(dout, q, k, v, cu_seqlens_q, softmax_scale)

@@ -135,9 +135,9 @@ def test_a_package_is_switched_off_again(monkeypatch):
             self.removed = True
 
     handle = Handle()
-    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA4", lambda: handle)
-    with switched_on("flash_attention_4"):
-        assert torch.nn.attention.current_flash_attention_impl() == "FA4"
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", lambda: handle)
+    with switched_on("flash_attention_3"):
+        assert torch.nn.attention.current_flash_attention_impl() == "FA3"
     assert torch.nn.attention.current_flash_attention_impl() is None
     assert handle.removed
 
