@@ -183,7 +183,7 @@ def _plain_message(turn: Any) -> Message | None:
     role = _ROLES.get(name)
     if role is None or role == "tool" or not text or text.isspace():
         return None
-    is_simple = text.isascii() and "<" not in text and "\0" not in text and text[0] != "["
+    is_simple = text.isascii() and not any(sign in text for sign in ("<", "\0", "[TOOL_CALLS]"))
     return Message(role, text) if is_simple or not _SPECIAL.search(text) else None
 
 
