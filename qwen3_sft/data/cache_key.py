@@ -55,6 +55,7 @@ from qwen3_sft.data.files import (
     strict_json,
     table_rows,
     txt_rows,
+    wrapped_rows,
 )
 from qwen3_sft.data.rows import (
     answers,
@@ -88,8 +89,8 @@ TOKENISERS = (
     features, fields, file_kinds, folders, formats, json_rows, line_ranges, loss_flags, nulls,
     pieces, plain, questions, raw_rows, readers, reasoning, refused, render, samples, source,
     split_column, splits, strict_json, table_rows, tally, templates, text, token_rows, token_store,
-    tokenize_rows, tokenized_rows, turn_ends, turn_lists, turns, txt_rows, values, workers, written,
-    written_calls,
+    tokenize_rows, tokenized_rows, turn_ends, turn_lists, turns, txt_rows, values, workers,
+    wrapped_rows, written, written_calls,
 )  # fmt: skip
 _SETTLED_S = 2.0  # a file changed more recently may change again within the clock's resolution
 

@@ -39,7 +39,7 @@ _REQUIRED: dict[Format, tuple[frozenset[str], ...]] = {
     "question_answer": tuple(map(frozenset, PAIRS)),
 }
 _DATA_COLUMNS = frozenset(
-    {"input"}.union(*(kind for kinds in _REQUIRED.values() for kind in kinds))
+    [*(column for kinds in _REQUIRED.values() for kind in kinds for column in kind), "input"]
 )
 # Names so common that another format's columns may hold them too, as copies or references.
 _WEAK: tuple[Format, ...] = ("question_answer",)

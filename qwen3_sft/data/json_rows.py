@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from qwen3_sft.data.files.compressed import open_bytes
-from qwen3_sft.data.files.strict_json import check_value
-from qwen3_sft.data.rows.fields import meaning
+from qwen3_sft.data.files.strict_json import StrictDecoder
+from qwen3_sft.data.files.wrapped_rows import wrapped_rows
 from qwen3_sft.data.tally import Tally
 from qwen3_sft.errors import DataError
 
 Row = tuple[str, Any]  # location, and content: a dict, or a `BadRow`
 
 BLANK_LINE = "blank line skipped"
+_LINES = StrictDecoder()
 _WINDOW = 1 << 20  # bytes read at a time
 _WHITESPACE = " \t\n\r"
 _TRUNCATION = 16  # a value cut by the window's end fails within its last token: `false`, `\\uABCD`
@@ -34,13 +35,6 @@ class BadRow:
     """A row that cannot be read, where bad rows are dropped."""
 
     error: DataError
-
-
-_OF_FILES = (
-    "name", "title", "description", "homepage", "citation", "count", "total", "size", "num_rows",
-    "num_rows_total", "num_rows_per_page", "total_count", "schema", "status",
-)  # fmt: skip
-_WRAPPERS = ("data", "rows", "train", "examples", "instances", "records", "items")
 
 
 def jsonl_rows(path: Path, tally: Tally, *, drop_bad: bool = False) -> Iterator[Row]:
@@ -134,29 +128,7 @@ def json_rows(path: Path, *, drop_bad: bool = False) -> Iterator[Row]:
             while window.peek():
                 location, value = _row_at(window, drop_bad=drop_bad)
                 is_row = isinstance(value, dict)
-                yield from _wrapped_rows(value, location) if is_row else [(location, value)]
-
-
-def _wrapped_rows(value: dict[str, Any], location: str) -> Iterator[Row]:
-    """Yield the rows of an object that holds nothing but a list of them, else the object.
-
-    What stands beside the list is said of every row, unless it is a fact of the file.
-    """
-    lists = [name for name in _WRAPPERS if _is_list_of_objects(value.get(name))]
-    others = [item for name, item in value.items() if name not in lists]
-    if len(lists) != 1 or any(isinstance(item, list | dict) for item in others):
-        yield location, value
-        return
-    shared = {
-        name: item for name, item in value.items()
-        if name not in (*lists, *_OF_FILES) and (name == "split" or meaning(name, "") != "")
-    }  # fmt: skip
-    for index, row in enumerate(value[lists[0]]):
-        yield f"{location} {lists[0]}[{index}]", {**shared, **row}
-
-
-def _is_list_of_objects(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+                yield from wrapped_rows(value, location) if is_row else [(location, value)]
 
 
 def _row_at(window: _Window, *, drop_bad: bool) -> Row:
@@ -186,11 +158,7 @@ def _array_rows(window: _Window, *, drop_bad: bool) -> Iterator[Row]:
 
 def _decode_line(line: bytes, location: str) -> Any:
     try:
-        text = line.decode()
-        value = json.loads(text)
-        if isinstance(value, dict):
-            check_value(value, text)
-        return value
+        return _LINES.decode(line.decode())
     except UnicodeDecodeError as error:
         raise _not_utf8(f"{location}:{error.start + 1}", error) from error
     except json.JSONDecodeError as error:
@@ -221,7 +189,7 @@ class _Window:
         self.path = path
         self._file = file
         self._to_text = codecs.getincrementaldecoder("utf-8-sig")()
-        self._decoder = json.JSONDecoder()
+        self._decoder = StrictDecoder()
         self._text = ""
         self._position = 0  # of the next character, in _text
         self._start = 0  # of the value that was decoded last
@@ -280,7 +248,7 @@ class _Window:
     def checked(self, value: dict[str, Any], location: str) -> dict[str, Any]:
         """Return the value that was decoded last; raise a DataError if a key is lost in it."""
         try:
-            check_value(value, self._text, self._start, self._position)
+            self._decoder.check(value, self._text, self._start, self._position)
         except ValueError as error:
             raise DataError(f"{location}: cannot read this JSON: {error}") from error
         return value

@@ -41,7 +41,9 @@ _CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # an assistant's tur
 _PAIRED: dict[str, Role] = {**_ROLES, "input": "user", "output": "assistant"}
 _CONTENT_KEYS = ("content", "value", "text")
 # What has to be looked at: control tokens, lone surrogates, NUL.
-_SPECIAL = re.compile(r"<\||</?(?:think|tool_)|\0|[\ud800-\udfff]")
+_SPECIAL = re.compile(
+    r"<[|\uff5c]|</?(?:think|tool_|function|s>|eos>|end_of)|\[TOOL_CALLS\]|\0|[\ud800-\udfff]"
+)
 _HANDLED = frozenset(
     {*ROLE_KEYS, *_CONTENT_KEYS, "tool_calls", "function_call", "tools", "functions"}
     | MESSAGE_FLAGS
@@ -181,7 +183,7 @@ def _plain_message(turn: Any) -> Message | None:
     role = _ROLES.get(name)
     if role is None or role == "tool" or not text or text.isspace():
         return None
-    is_simple = text.isascii() and "<" not in text and "\0" not in text
+    is_simple = text.isascii() and not any(sign in text for sign in ("<", "\0", "[TOOL_CALLS]"))
     return Message(role, text) if is_simple or not _SPECIAL.search(text) else None
 
 

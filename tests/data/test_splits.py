@@ -240,3 +240,44 @@ def test_a_readme_without_splits_changes_nothing(make, card):
     make("train.jsonl", "test.jsonl")
     Path("d/README.md").write_text(card)
     assert read() == ["train.jsonl"]
+
+
+def test_linked_folders_are_read_once(make):
+    make("a.jsonl", "../elsewhere/b.jsonl")
+    Path("d/more").symlink_to("../elsewhere")
+    Path("d/again").symlink_to("../elsewhere")
+    Path("d/loop").symlink_to(".")
+    found = find_sources(DataArguments(dataset=["d"]))
+    assert sorted(Path(source.name).name for source in found) == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dataset_split": "validation"},
+        {"dataset_config": "en"},
+        {"dataset_revision": "main"},
+        {"streaming": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_an_option_that_no_source_has_a_use_for_is_refused(make, options):
+    make("a.jsonl", "validation/b.jsonl")
+    (name,) = options
+    with pytest.raises(DataError, match=rf"^--{name} .*: only a .* leave it out"):
+        find_sources(DataArguments(dataset=["d/a.jsonl"], **options))
+    find_sources(DataArguments(dataset=["d/a.jsonl", "org/name"], **options))
+
+
+@pytest.mark.parametrize("name", ["https://x.y/a.jsonl", "s3://x/a.jsonl", "hf://datasets/a/b"])
+def test_an_address_is_told_at_once(name):
+    with pytest.raises(DataError, match=r": an address is not read; download"):
+        find_sources(DataArguments(dataset=[name]))
+
+
+def test_a_row_of_another_split_is_refused_in_training_alone(make):
+    make("a.jsonl")
+    Path("d/a.jsonl").write_text('{"text": "t", "split": "test"}\n', encoding="utf-8")
+    args = DataArguments(dataset=["d/a.jsonl"], eval_dataset=["d/a.jsonl"])
+    assert [source.split for source in find_sources(args)] == ["train"]
+    assert [source.split for source in find_sources(args, eval=True)] == [None]

@@ -1,53 +1,83 @@
 """JSON values that say one thing only: no key twice, and not nested without end.
 
 Python's reader keeps the last of two equal keys, so what the first one says would be lost in
-silence. Keys are counted against the text, which takes a tenth of the time of looking at each pair;
-where the counts differ, and a text that spells `":` differs too, the pairs tell.
+silence.
 """
 
 from __future__ import annotations
 
 import ast
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 _DEEPEST = 100  # levels; chat templates, which walk values too, end in an error below 600
-_KEY, _QUOTED = '":', '\\":'
 
 
-def check_value(value: Any, text: str, start: int = 0, end: int | None = None) -> None:
-    """Raise if a value has lost a key, or is nested too deeply.
+class StrictDecoder:
+    """Decodes JSON; a value that lost a key, or is nested too deeply, is told after its end."""
 
-    Args:
-        value: decoded from `text[start:end]`.
-        text: JSON.
-        start: of the value in it.
-        end: of the value in it; None is the end of the text.
+    def __init__(self, parse_constant: Callable[[str], NoReturn] | None = None) -> None:
+        """Make a decoder.
+
+        Args:
+            parse_constant: called for NaN and infinities, as of `json.JSONDecoder`.
+        """
+        self._decoder = json.JSONDecoder(
+            object_pairs_hook=self._object, parse_constant=parse_constant
+        )
+        self._twice: list[Any] = []
+
+    def decode(self, text: str) -> Any:
+        """Return the one value in a text.
+
+        Raises:
+            ValueError: broken JSON (`JSONDecodeError`), or as `check`.
+            RecursionError: as `json.loads`.
+        """
+        self._twice = []
+        value = self._decoder.decode(text)
+        self.check(value, text, 0, len(text))
+        return value
+
+    def raw_decode(self, text: str, start: int) -> tuple[Any, int]:
+        """Return the value that begins at `start`, which is to be checked, and where it ends.
+
+        Raises:
+            ValueError: broken JSON (`JSONDecodeError`).
+            RecursionError: as `json.loads`.
+        """
+        self._twice = []
+        return self._decoder.raw_decode(text, start)
+
+    def check(self, value: Any, text: str, start: int, end: int) -> None:
+        """Raise for the value that was decoded last, from `text[start:end]`.
+
+        Raises:
+            ValueError: says which key is there twice, or that it is nested too deeply.
+        """
+        _refuse_twice(self._twice)
+        if text.count("{", start, end) + text.count("[", start, end) > _DEEPEST:
+            check_depth(value)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        kept = dict(pairs)
+        if len(kept) != len(pairs):
+            self._twice = self._twice or [key for key, _ in pairs]
+        return kept
+
+
+def check_depth(value: Any, depth: int = 0) -> None:
+    """Raise for a value of lists and dicts that is nested too deeply.
 
     Raises:
-        ValueError: says which key.
-    """
-    end = len(text) if end is None else end
-    if count_keys(value) != text.count(_KEY, start, end) - text.count(_QUOTED, start, end):
-        json.loads(text[start:end], object_pairs_hook=_unique)
-
-
-def count_keys(value: Any, depth: int = 0) -> int:
-    """Return how many keys the objects in a value have.
-
-    Raises:
-        ValueError: it is nested too deeply.
+        ValueError: it is.
     """
     if depth > _DEEPEST:
         raise ValueError(f"nested more than {_DEEPEST} levels deep; flatten it")
-    if isinstance(value, dict):
-        count, items = len(value), value.values()
-    else:
-        count, items = 0, value
-    for item in items:
+    for item in value.values() if isinstance(value, dict) else value:
         if isinstance(item, dict | list | tuple | set):
-            count += count_keys(item, depth + 1)
-    return count
+            check_depth(item, depth + 1)
 
 
 def python_value(text: str) -> Any:
@@ -65,15 +95,12 @@ def python_value(text: str) -> Any:
         return None
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
-            _unique([(ast.literal_eval(key), None) for key in node.keys if key is not None])
-    count_keys(value)
+            _refuse_twice([ast.literal_eval(key) for key in node.keys if key is not None])
+    check_depth(value)
     return value
 
 
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    kept = dict(pairs)
-    if len(kept) != len(pairs):
-        keys = [key for key, _ in pairs]
+def _refuse_twice(keys: list[Any]) -> None:
+    if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"an object has the key {twice!r} twice; keep one")
-    return kept

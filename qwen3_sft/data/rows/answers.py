@@ -12,7 +12,7 @@ from qwen3_sft.data.rows.content import Content, read_content
 from qwen3_sft.data.rows.reasoning import given_reasoning, split_think
 from qwen3_sft.data.rows.source import Source
 from qwen3_sft.data.rows.values import refuse_foreign_end, split_end, warn_control_text
-from qwen3_sft.data.rows.written_calls import split_calls
+from qwen3_sft.data.rows.written_calls import refuse_foreign_calls, split_calls
 
 
 def parse_answer(
@@ -62,6 +62,7 @@ def parse_answer(
             )
         reasoning = inline or given or ""
         written = written if inline is not None and not given else None
+    refuse_foreign_calls(text, where, source)
     if TOOL_CALL in text or END_TOOL_CALL in text:
         if calls:
             source.fail(f"{where} has {TOOL_CALL} in its text and tool_calls beside it; keep one")

@@ -20,6 +20,10 @@ _RESULT = ("tool_result", "tool_response", "function_call_output")
 _TOOLS = ("tools", "functions")
 # Where a part has its text, besides the key of its own type.
 _KEYS = ("text", "value", "content")
+_PARTS = frozenset(
+    {*_TEXT, *_THOUGHT, *_CALL, *_RESULT, "refusal", "image", "image_url", "input_image", "audio",
+     "input_audio", "video", "video_url", "file", "input_file", "document"}
+)  # fmt: skip
 _UNREAD = {
     "redacted_thinking": "reasoning that its provider has encrypted; remove the row",
     "refusal": "a refusal apart from the text; write it as text, or remove the row",
@@ -101,6 +105,8 @@ def _read_part(read: Content, part: Any, where: str, source: Source) -> None:
         handled.add(key)
     elif kind in _UNREAD:
         source.fail(f"{where} is a part of type {kind!r}: {_UNREAD[kind]}")
+    elif kind is None:
+        source.fail(f'{where} is a part without a type, found {sorted(part)}; add "type": "text"')
     else:
         source.fail(f"{where} is a part of type {kind!r}, which a text model cannot learn")
     account(part, handled, where, "part.", source)
@@ -161,4 +167,5 @@ def result_text(content: Any, where: str, source: Source) -> str:
 
 
 def _is_part(item: Any) -> bool:
-    return isinstance(item, dict) and isinstance(item.get("type"), str)
+    """Whether an item of a result is a part of a message, and no data with a type of its own."""
+    return isinstance(item, dict) and item.get("type") in _PARTS

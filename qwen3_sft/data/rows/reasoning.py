@@ -41,10 +41,23 @@ def given_reasoning(
         if not isinstance(value, str):
             source.fail(f"{where} {name} must be a string, found {describe(value)}")
         check_text(value, f"{where} {name}", source)
+        found[name] = _without_tags(value)
+        if END_THINK in found[name]:
+            source.fail(
+                f"{where} {name} has {END_THINK} in it, where its block would end; remove the tag"
+            )
     texts = {value.strip() for value in found.values() if value.strip()}
     if len(texts) > 1:
         source.fail(f"{where} has reasoning in {' and '.join(found)}, which differ; keep one")
     return next((value for value in found.values() if value.strip()), "" if found else None)
+
+
+def _without_tags(reasoning: str) -> str:
+    """Return reasoning without the block's own tags, which the template writes."""
+    text = reasoning.strip()
+    if not text.startswith(THINK) or not text.endswith(END_THINK):
+        return reasoning
+    return text.removeprefix(THINK).removesuffix(END_THINK).strip("\n")
 
 
 def _joined(details: Any, where: str, source: Source) -> str:

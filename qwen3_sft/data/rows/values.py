@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any, NoReturn
 
-from qwen3_sft.data.files.strict_json import check_value, python_value
+from qwen3_sft.data.files.strict_json import StrictDecoder, python_value
 from qwen3_sft.data.rows.source import Source
 
 _CONTROL_TEXT = re.compile(r"<\|[a-z_]+\|>|</?(?:tool_call|tool_response|think)>")
@@ -85,18 +85,18 @@ def describe(value: Any) -> str:
 def load_json(text: str, where: str, source: Source) -> Any:
     """Parse a JSON value, or one that Python has printed, found as a string inside a row."""
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-        if isinstance(value, dict | list):
-            check_value(value, text)
+        return _DECODER.decode(text)
     except (json.JSONDecodeError, RecursionError) as error:
         return _python_value(text, f"{where} is not valid JSON ({error}): {text[:80]!r}", source)
     except ValueError as error:
         source.fail(f"{where} is not valid JSON ({error}): {text[:80]!r}")
-    return value
 
 
 def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
+
+
+_DECODER = StrictDecoder(parse_constant=_refuse_constant)
 
 
 def _python_value(text: str, problem: str, source: Source) -> Any:

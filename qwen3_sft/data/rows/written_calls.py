@@ -20,6 +20,28 @@ _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*)</function>", re.DOTALL)
 _PARAMETER, _END_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?"), "</parameter>"
 
 
+# How other models write a call, at the start of a line.
+_FOREIGN_CALL = re.compile(
+    r"^\s*(<functioncall>|<function_calls?>|<tool_calls>|<function=|\[TOOL_CALLS\]|<\|python_tag\|>"
+    r"|<\|tool_calls?(?:_section)?_begin\|>|<\uff5ctool\u2581calls?\u2581begin\uff5c>)",
+    re.MULTILINE,
+)
+
+
+def refuse_foreign_calls(text: str, where: str, source: Source) -> None:
+    """Raise for a call that is written as another model writes it: no server would see a call.
+
+    Raises:
+        DataError: names what begins it.
+    """
+    found = _FOREIGN_CALL.search(text) if "<" in text or "[TOOL_CALLS]" in text else None
+    if found and TOOL_CALL not in text:
+        source.fail(
+            f"{where} has {found[1]} (character {found.start(1)}), a call as another model writes "
+            "it, which would be learned as text; write it as tool_calls"
+        )
+
+
 def split_calls(
     text: str, where: str, source: Source, tools: Tools = ()
 ) -> tuple[str, tuple[ToolCall, ...]]:
