@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from monkey_patch.kernels.router.op import Balance, routed_counts, routing_sums
-from tests.monkey_patch.kernels.router_inputs import make_balance, random_logits, run, truth_of
+from tests.monkey_patch.kernels.router.router_inputs import (
+    make_balance,
+    random_logits,
+    run,
+    truth_of,
+)
 from tests.support.oracle import assert_close
 
 pytestmark = [

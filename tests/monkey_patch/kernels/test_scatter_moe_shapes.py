@@ -51,7 +51,7 @@ def test_tma_reads_weights_of_any_depth_and_no_neighbour(depth, monkeypatch):
     tiles = choose_tiles("input_gradient", "interpreter", torch.float32, rows)
     weight = torch.full((3, depth, width), torch.nan)
     weight[1] = torch.randn(depth, width)
-    rows_in, row_tiles = torch.randn(rows, depth), integers([1], [0], [rows])
+    rows_in, row_tiles = torch.randn(rows, depth), integers([1], [0], [rows], [1])
     out = torch.full((rows, width), torch.nan)
     launch = product.product_launch(rows_in, weight, out, row_tiles, tiles, transposed=False)
     assert launch.arguments["TMA"]

@@ -8,7 +8,7 @@ import triton.language as tl
 from monkey_patch.kernels.router.op import Balance, route, routed_counts, routing_sums
 from monkey_patch.kernels.router.reference import route_reference
 from monkey_patch.kernels.router.triton import forward
-from tests.monkey_patch.kernels.router_inputs import (
+from tests.monkey_patch.kernels.router.router_inputs import (
     COEFFICIENT,
     GLOBAL_TOKENS,
     direction_of,

@@ -12,7 +12,12 @@ from torch.utils.checkpoint import (
 from monkey_patch import apply_patches, router_statistics
 from monkey_patch.kernels.router.op import route
 from monkey_patch.kernels.router.triton import stages
-from tests.monkey_patch.kernels.router_inputs import direction_of, make_balance, random_logits, run
+from tests.monkey_patch.kernels.router.router_inputs import (
+    direction_of,
+    make_balance,
+    random_logits,
+    run,
+)
 from tests.support.interpreter import use_kernels
 from tests.support.oracle import assert_close
 
